@@ -1,0 +1,102 @@
+"""The command ``ds_grass``: one table of subcommands, each a function from arguments to an exit status.
+
+Contract: human output goes through rich; ``--json`` prints one JSON document and nothing else on standard
+output. Status 0 = all well, 1 = a problem was found, 2 = wrong arguments. No other file prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .doctor import Finding
+
+
+@dataclass(frozen=True)
+class _Command:
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse `arguments` (default: the command line), run the subcommand, return its exit status."""
+    parser = argparse.ArgumentParser(prog="ds_grass", description="GRASS for DeepSpeed: tools for training.")
+    parser.add_argument("--version", action="version", version=f"ds_grass {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    return _COMMANDS[parsed.command].run(parsed)
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+
+
+def _run_doctor(parsed: argparse.Namespace) -> int:
+    from . import doctor
+
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output while it is imported
+        findings = doctor.examine()
+    healthy = doctor.is_healthy(findings)
+    if parsed.json:
+        document = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        _print_findings(findings, healthy)
+    return 0 if healthy else 1
+
+
+def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False)
+    signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(width=7)
+    table.add_column(style="bold", max_width=32, overflow="fold")
+    table.add_column(overflow="fold")
+    previous = None
+    for finding in findings:
+        if finding.section != previous:
+            table.add_row("", f"[cyan]{finding.section}[/]", "")
+            previous = finding.section
+        text = escape(finding.value)
+        if finding.cure:
+            text += f"\n[dim]-> {escape(finding.cure)}[/]"
+        table.add_row(signs[finding.state], escape(finding.name), text)
+    console.print(table)
+    for finding in findings:
+        if finding.detail:
+            console.print(f"\n[bold]{escape(finding.name)}[/]")
+            console.print(Padding(escape(finding.detail), (0, 2)))
+    verdict = "[green]A `grass` block in ds_config runs here.[/]"
+    if not healthy:
+        verdict = "[bold red]A `grass` block in ds_config does not run here; see the problems above.[/]"
+    console.print(f"\n{verdict}")
+
+
+_COMMANDS = {
+    "doctor": _Command(
+        help="say whether GRASS would run here, and if not, why",
+        run=_run_doctor,
+        add_arguments=_add_doctor_arguments,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The optimizer state of one unit: how its parts lie in one range of bytes, and its home on the host.
+
+Contract: a range holds [master | exp_avg | exp_avg_sq] of `numel` elements, each part 64-byte aligned, the
+master (float32) only where the unit has one. Host arena and device buffer have the same layout, so a whole
+unit moves in a single copy where the parts leave no gaps.
+
+Not covered: when a unit moves (`state_store`), and by what (`copy_engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_grass.copy_engine import CopyEngine, DeviceBuffer, Pairs, Ticket
+from ds_grass.host_memory import ALIGNMENT, HostArena
+
+
+class StateParts(NamedTuple):
+    """Views, each (numel,): master float32 or None, moments in the store's dtype."""
+
+    master: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Byte offsets of the parts of a state of `numel` elements."""
+
+    numel: int
+    master: bool
+    moment_dtype: torch.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 * self.master + 2 * self.moment_dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the range, gaps between the parts included."""
+        return self._offsets()[2] + self.numel * self.moment_dtype.itemsize
+
+    @property
+    def gapless(self) -> bool:
+        return self.nbytes == self.numel * self.element_bytes
+
+    def sized(self, numel: int) -> StateLayout:
+        """The same parts for another number of elements."""
+        return replace(self, numel=numel)
+
+    def parts(self, memory: Tensor) -> StateParts:
+        """The parts inside `memory`, uint8 of at least `nbytes`."""
+        master, exp_avg, exp_avg_sq = self._offsets()
+        return StateParts(
+            self._view(memory, master, torch.float32) if self.master else None,
+            self._view(memory, exp_avg, self.moment_dtype),
+            self._view(memory, exp_avg_sq, self.moment_dtype),
+        )
+
+    def _offsets(self) -> tuple[int, int, int]:
+        exp_avg = _aligned(4 * self.numel * self.master)
+        return 0, exp_avg, exp_avg + _aligned(self.numel * self.moment_dtype.itemsize)
+
+    def _view(self, memory: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+        return memory[offset : offset + self.numel * dtype.itemsize].view(dtype)
+
+
+@dataclass(eq=False)
+class UnitState:
+    """One unit. It was never drawn while `arena` is None.
+
+    While `buffer` is set the device holds the valid state, otherwise the arena does, once `home` has passed.
+    """
+
+    key: int
+    layout: StateLayout
+    weights: Callable[[], Tensor]
+    arena: HostArena | None = None
+    buffer: DeviceBuffer | None = None
+    fetched: Ticket = None
+    """Passed once the last copy out of the arena is done."""
+    home: Ticket = None
+    """Passed once the last copy into the arena is done."""
+
+    @property
+    def numel(self) -> int:
+        return self.layout.numel
+
+    def host_parts(self) -> StateParts:
+        return self.layout.parts(self.arena.memory)
+
+    def device_parts(self) -> StateParts:
+        return self.layout.parts(self.buffer.memory)
+
+    def allocate_home(self, engine: CopyEngine, pin: bool) -> None:
+        """Make the arena: zero moments, and a master still to be written."""
+        self.arena = HostArena(self.layout.nbytes, pin_device=engine.pin_device if pin else None)
+        engine.counters["host_bytes"] += self.arena.nbytes
+
+    def free_home(self, engine: CopyEngine) -> None:
+        """Drop the arena, after the copies from and to it."""
+        if self.arena is not None:
+            self.settle(engine)
+            engine.counters["host_bytes"] -= self.arena.nbytes
+            self.arena.free()
+            self.arena = None
+
+    def write_first_master(self, engine: CopyEngine) -> None:
+        """The host's master becomes the unit's weights as they are now."""
+        if self.layout.master:
+            engine.download(self.host_parts().master, self._current_weights())
+
+    def fill_first_state(self, engine: CopyEngine) -> None:
+        """The device buffer becomes the state of a new unit; nothing passes through the host."""
+        parts = self.device_parts()
+        zero = torch.zeros((), dtype=self.layout.moment_dtype, device=engine.device)
+        pairs = [(parts.exp_avg, zero), (parts.exp_avg_sq, zero)]
+        if self.layout.master:
+            pairs.append((parts.master, self._current_weights()))
+        engine.fill(self.buffer, pairs)
+
+    def fetch(self, engine: CopyEngine, buffer: DeviceBuffer, start: int, stop: int) -> None:
+        """Bring elements start to stop into `buffer`, once their last copy home is done."""
+        self.fetched = engine.fetch(buffer, self._pairs(buffer, start, stop), after=self.home)
+
+    def stash(self, engine: CopyEngine, buffer: DeviceBuffer, start: int, stop: int) -> None:
+        """Send elements start to stop home from `buffer`."""
+        pairs = [(host, device) for device, host in self._pairs(buffer, start, stop)]
+        self.home = engine.stash(buffer, pairs)
+
+    def settle(self, engine: CopyEngine) -> None:
+        """The host waits until no copy reads or writes the arena."""
+        engine.wait(self.fetched)
+        engine.wait(self.home)
+
+    def _pairs(self, buffer: DeviceBuffer, start: int, stop: int) -> Pairs:
+        """(device, host) views of elements start to stop; the device side lies at the buffer's beginning."""
+        if stop - start == self.numel and self.layout.gapless:
+            return [(buffer.memory[: self.layout.nbytes], self.arena.memory)]
+        device = self.layout.sized(stop - start).parts(buffer.memory)
+        return [(d, h[start:stop]) for d, h in zip(device, self.host_parts(), strict=True) if d is not None]
+
+    def _current_weights(self) -> Tensor:
+        weights = self.weights().detach()
+        assert weights.shape == (self.numel,), (
+            f"unit {self.key} of {self.numel}: weights {tuple(weights.shape)}"
+        )
+        return weights
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

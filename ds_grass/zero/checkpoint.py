@@ -1,0 +1,130 @@
+"""GRASS inside DeepSpeed's checkpoint files.
+
+The layouts are DeepSpeed's own, so that `zero_to_fp32.py` reads them: one "group" a unit, fp32 master weights and the
+moments of every unit, zeros (and the weight itself) for blocks that were never drawn. GRASS adds one key, "grass",
+made of tensors, numbers, strings, lists and dicts only: format, units, which of them have state, the controller.
+
+Everything is assembled on the host from the state store; nothing is gathered on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_grass.controller import Controller
+from ds_grass.state_store import StateStore
+from ds_grass.units import Unit
+
+KEY = "grass"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """One unit's state as host tensors: fp32 master and moments, each (shard,), and the unit's Adam steps."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+
+
+def collect(unit: Unit, store: StateStore, weights: Tensor) -> UnitState:
+    """The unit's state, made up from its weights (`weights`: own shard, model dtype) when it was never drawn."""
+    held = store.home(unit.key)
+    if held is None:
+        zeros = torch.zeros(weights.numel(), dtype=torch.float32)
+        return UnitState(_fp32_copy(weights), zeros, zeros.clone(), 0)
+    master = weights if held.master is None else held.master
+    return UnitState(_fp32_copy(master), _fp32_copy(held.exp_avg), _fp32_copy(held.exp_avg_sq), held.step)
+
+
+def _fp32_copy(tensor: Tensor) -> Tensor:
+    """On the host, and its own storage: `torch.save` of a view writes all of the arena behind it."""
+    return tensor.detach().to("cpu", copy=True).float()
+
+
+def optimizer_state(states: Sequence[UnitState]) -> dict[int, dict]:
+    """The "state" of a torch optimizer with one flat parameter a unit, as DeepSpeed's tools expect it."""
+    return {
+        key: {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": state.exp_avg,
+            "exp_avg_sq": state.exp_avg_sq,
+        }
+        for key, state in enumerate(states)
+    }
+
+
+def hyper_parameters(group: Mapping) -> dict:
+    """The plain values of a parameter group: learning rate, betas, what a scheduler keeps there."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
+
+
+def param_groups(units: Sequence[Unit], groups: Sequence[Mapping]) -> list[dict]:
+    """One group a unit with the hyper-parameters of the user's group it came from."""
+    return [{**hyper_parameters(groups[unit.group]), "params": [unit.key]} for unit in units]
+
+
+def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateStore, controller: Controller,
+                counters: Mapping[str, int]) -> dict:  # fmt: skip
+    """What GRASS adds to the file. `groups`: the user's, whose values a scheduler does not write until it steps."""
+    return {
+        "format": FORMAT,
+        "units": [{"name": u.name, "block": -1 if u.block is None else u.block, "numel": u.numel} for u in units],
+        "groups": [hyper_parameters(group) for group in groups],
+        "drawn": [u.key for u in units if store.has_state(u.key)],
+        "moments": str(store.moment_dtype).removeprefix("torch."),
+        "controller": controller.state_dict(),
+        "counters": dict(counters),
+    }
+
+
+def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
+    """The "grass" part of a checkpoint; ValueError, in one line, when it cannot belong to this job."""
+    if state is None:
+        raise ValueError(
+            f"{where} was not saved by a grass job, so it holds no block states; "
+            "start from its weights (load_module_only=True) or remove the grass block"
+        )
+    if state["format"] > FORMAT:
+        raise ValueError(f"{where} has grass format {state['format']}; this version reads up to {FORMAT}: upgrade ds-grass")
+    mine = [(u.name, u.numel) for u in units]
+    theirs = [(u["name"], u["numel"]) for u in state["units"]]
+    if mine != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+        raise ValueError(
+            f"{where} is of another model or grouping: unit {at} is "
+            f"{theirs[at] if at < len(theirs) else 'missing'} there and {mine[at] if at < len(mine) else 'missing'} here"
+        )
+    return state
+
+
+def restore(state: Mapping, units: Sequence[Unit], store: StateStore, masters: Sequence[Tensor],
+            moments: Mapping[int, Mapping], shard_numel: Mapping[int, int]) -> None:  # fmt: skip
+    """Put every unit's state back; units that had none are forgotten. Tensors may lack their padding."""
+    drawn = set(state["drawn"])
+    for unit in units:
+        if unit.key not in drawn:
+            store.forget(unit.key)
+            continue
+        numel, held = shard_numel[unit.key], moments[unit.key]
+        store.restore(
+            unit.key,
+            padded(masters[unit.key], numel) if store.has_master(unit.key) else None,
+            padded(held["exp_avg"], numel),
+            padded(held["exp_avg_sq"], numel),
+            int(held["step"]),
+        )
+
+
+def padded(tensor: Tensor, numel: int) -> Tensor:
+    """`tensor` (1-D) followed by zeros up to `numel`."""
+    if tensor.numel() == numel:
+        return tensor.detach()
+    return torch.nn.functional.pad(tensor.detach(), (0, numel - tensor.numel()))

@@ -1,0 +1,94 @@
+"""Saved at any step and resumed, a run ends with the same bits."""
+
+from __future__ import annotations
+
+from tests.distributed import jobs
+from tests.distributed.cases_schedule import WARMUP
+from tests.distributed.harness import Context
+from tests.distributed.registry import case
+
+TOTAL_STEPS = 11
+
+
+@case(
+    ranks=(1, 2),
+    stage=(0, 1, 2, 3),
+    dtype=("fp32", "bf16"),
+    accumulation=(1, 2),
+    save_after=(1, 2, 4, 7),
+    mode=("resident", "stream"),
+    timeout_seconds=120,
+)
+def resume_ends_with_the_same_bits(
+    ctx: Context, stage: int, dtype: str, accumulation: int, save_after: int, mode: str
+) -> None:
+    """Saved after 1 (while probing), 2 (as probing ends), 4 or 7 steps; the second run starts from other weights."""
+    job = jobs.Job(
+        stage=stage,
+        dtype=dtype,
+        accumulation=accumulation,
+        extra={"scheduler": WARMUP},
+        grass={"states": {"mode": mode}},
+    )
+    with jobs.engine_of(job) as engine:
+        for number in range(save_after):
+            jobs.train_step(engine, job, ctx, number)
+        engine.save_checkpoint(str(ctx.folder / "saved"), tag="middle")
+        uninterrupted = _finish(engine, job, ctx, save_after)
+    with jobs.engine_of(jobs.replace(job, model_options={"seed": 99})) as engine:
+        jobs.train_step(engine, job, ctx, 50)
+        path, _ = engine.load_checkpoint(str(ctx.folder / "saved"), tag="middle")
+        assert path is not None
+        resumed = _finish(engine, job, ctx, save_after)
+    assert resumed["steps"] == uninterrupted["steps"]
+    for what in ("weights", "masters", "exp_avg", "exp_avg_sq"):
+        jobs.assert_identical(resumed[what], uninterrupted[what], what)
+    assert resumed["counters"] == uninterrupted["counters"]
+
+
+@case(ranks=(2,), stage=(1, 2, 3))
+def saving_changes_nothing(ctx: Context, stage: int) -> None:
+    """A run that saves after every step is the run that never does; frozen flags are as before."""
+    kept = []
+    for saves in (False, True):
+        job = jobs.Job(stage=stage)
+        with jobs.engine_of(job) as engine:
+            steps = []
+            for number in range(8):
+                steps.append(jobs.train_step(engine, job, ctx, number))
+                if saves:
+                    flags = [p.requires_grad for p in engine.module.parameters()]
+                    engine.save_checkpoint(str(ctx.folder / "saved"), tag=f"step{number}")
+                    assert [p.requires_grad for p in engine.module.parameters()] == flags
+            kept.append((steps, jobs.masters(engine)))
+    assert kept[0][0] == kept[1][0]
+    jobs.assert_identical(kept[0][1], kept[1][1], "masters")
+
+
+@case(ranks=(1, 2), stage=(1, 2, 3), dtype=("fp32", "bf16"))
+def zero_to_fp32_reads_what_was_saved(ctx: Context, stage: int, dtype: str) -> None:
+    """DeepSpeed's own script finds every parameter, drawn or not, with its master's bits."""
+    import torch.distributed as dist
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    job = jobs.Job(stage=stage, dtype=dtype, model_options={"tied": True})
+    with jobs.engine_of(job) as engine:
+        for number in range(5):
+            jobs.train_step(engine, job, ctx, number)
+        masters = jobs.masters(engine)
+        engine.save_checkpoint(str(ctx.folder / "saved"), tag="end")
+    dist.barrier()
+    found = get_fp32_state_dict_from_zero_checkpoint(str(ctx.folder / "saved"), tag="end")
+    jobs.assert_identical({n: found[n].float() for n in masters}, masters, "masters")
+
+
+def _finish(engine: object, job: jobs.Job, ctx: Context, first: int) -> dict:
+    steps = [jobs.train_step(engine, job, ctx, number) for number in range(first, TOTAL_STEPS)]
+    return {
+        "steps": steps,
+        "weights": jobs.weights(engine),
+        "masters": jobs.masters(engine),
+        "exp_avg": jobs.moments(engine, "exp_avg"),
+        "exp_avg_sq": jobs.moments(engine, "exp_avg_sq"),
+        "counters": dict(jobs.controller(engine).counters),
+    }

@@ -1,0 +1,164 @@
+"""Ranks that disagree, gradients that are not finite, fp16's loss scale."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import models
+from tests.distributed import jobs
+from tests.distributed.harness import Context
+from tests.distributed.registry import case
+
+STAGES = (0, 1, 2, 3)
+
+
+@case(ranks=(2,), key=("seed", "active_layers", "policy"))
+def rank_with_another_config_is_named(ctx: Context, key: str) -> str:
+    """Every rank raises the same error, which names the rank and the key; the next engine starts as usual."""
+    other = {"seed": 8, "active_layers": 1, "policy": "lisa"}[key]
+    job = jobs.Job(grass={key: other} if ctx.rank == 1 else {})
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=rf"rank 1 .*grass\.{key}") as caught:
+        jobs.start(job)
+    assert time.monotonic() - begin < 30
+    right = jobs.Job()
+    with jobs.engine_of(right) as engine:
+        jobs.train_step(engine, right, ctx, 0)
+    return str(caught.value)
+
+
+@case(ranks=(2,))
+def rank_with_a_wrong_config_is_named_on_the_others(ctx: Context) -> str:
+    """A rank that refuses its block says so to the others, which stop at once instead of waiting."""
+    job = jobs.Job(grass={"temperature": -1.0} if ctx.rank == 1 else {})
+    begin = time.monotonic()
+    expected = r"grass\.temperature" if ctx.rank == 1 else r"rank 1 .*grass\.temperature"
+    with pytest.raises(ValueError, match=expected) as caught:
+        jobs.start(job)
+    assert time.monotonic() - begin < 30
+    return str(caught.value)
+
+
+@case(ranks=(2,))
+def rank_with_another_model_is_named(ctx: Context) -> str:
+    """Ranks that built different models are told apart before any weight is sent."""
+    job = jobs.Job(model_options={"layers": 4 + ctx.rank})
+    with pytest.raises(ValueError, match="rank 1 "):
+        jobs.start(job)
+    return ""
+
+
+@case(ranks=(2,), alone=True, environment=({}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}), timeout_seconds=150)
+def rank_without_the_package_is_named(ctx: Context) -> str:
+    """A rank that was started with TORCH_DEVICE_BACKEND_AUTOLOAD=0 is named by the others within 60 s, no hang."""
+    import deepspeed
+
+    job = jobs.Job()
+    model = job.build()
+    begin = time.monotonic()
+    if ctx.rank == 1:
+        with contextlib.suppress(RuntimeError):  # its first collective, when rank 0 has gone
+            deepspeed.initialize(model=model, model_parameters=model.parameters(), config=job.ds_config())
+        return ""
+    with pytest.raises(RuntimeError, match="rank 1 .*TORCH_DEVICE_BACKEND_AUTOLOAD") as caught:
+        jobs.start(job, model=model)
+    assert time.monotonic() - begin < 75
+    return str(caught.value)
+
+
+@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), phase=("probe", "train"))
+def step_with_a_gradient_that_is_not_finite_is_skipped(
+    ctx: Context, stage: int, dtype: str, phase: str
+) -> None:
+    """One rank's bad batch: no rank steps, records, switches or moves its schedule; the run goes on as if never seen."""
+    from tests.distributed.cases_schedule import WARMUP
+
+    extra = {"scheduler": WARMUP}
+    extra[dtype] = {"enabled": True, "check_grad_overflow": True}
+    job = jobs.Job(stage=stage, dtype=dtype, extra=extra if dtype == "bf16" else {"scheduler": WARMUP})
+    bad_at = 1 if phase == "probe" else 4
+    kept = []
+    for spoils in (False, True):
+        with jobs.engine_of(job) as engine:
+            steps = []
+            for number in range(8):
+                if spoils and number == bad_at:
+                    _assert_skipped(engine, job, ctx)
+                steps.append(jobs.train_step(engine, job, ctx, number))
+            kept.append((steps, jobs.masters(engine)))
+    assert kept[0][0] == kept[1][0]
+    jobs.assert_identical(kept[0][1], kept[1][1], "masters")
+
+
+def _assert_skipped(engine: object, job: jobs.Job, ctx: Context) -> None:
+    grass = jobs.controller(engine)
+    counters, active, masters = dict(grass.counters), grass.active, jobs.masters(engine)
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    loss = models.loss(engine, job.data(77, ctx)[ctx.rank][0])
+    engine.backward(loss * float("nan") if ctx.rank == ctx.world_size - 1 else loss)
+    engine.step()
+    assert not engine.was_step_applied()
+    after = dict(grass.counters)
+    assert after == {**counters, "skipped_steps": counters["skipped_steps"] + 1, "skipped_in_a_row": 1}
+    assert grass.active == active
+    assert [group["lr"] for group in engine.optimizer.param_groups] == rates
+    jobs.assert_identical(jobs.masters(engine), masters, "masters after a skipped step")
+
+
+@case(ranks=(1, 2), stage=(1, 3))
+def twenty_skipped_steps_in_a_row_end_the_job(ctx: Context, stage: int) -> None:
+    """An error on every rank instead of an endless run that trains nothing."""
+    job = jobs.Job(stage=stage)
+    with jobs.engine_of(job) as engine:
+        for number in range(20):
+            engine.backward(models.loss(engine, job.data(number, ctx)[ctx.rank][0]) * float("nan"))
+            if number < 19:
+                engine.step()
+        with pytest.raises(RuntimeError, match="20 optimizer steps in a row"):
+            engine.step()
+
+
+@contextlib.contextmanager
+def fp16_on_cpu() -> Iterator[None]:
+    """DeepSpeed's CPU accelerator refuses fp16 though its arithmetic works; tests alone may say otherwise."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
+        yield
+
+
+@case(ranks=(1, 2), stage=STAGES, accumulation=(1, 2))
+def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int, accumulation: int) -> dict:
+    """Forced overflows while probing and training skip the step everywhere and halve the scale; the rest is as ever."""
+    fp16 = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
+    job = jobs.Job(stage=stage, dtype="fp16", accumulation=accumulation, extra={"fp16": fp16})
+    reference = jobs.reference_of(job)
+    scales, applied = [], []
+    with fp16_on_cpu(), jobs.engine_of(job) as engine:
+        for number in range(26):
+            if number == 18:
+                engine.optimizer.loss_scaler.cur_scale = 2.0**24
+            reference.loss_scale = float(engine.optimizer.loss_scale)
+            scales.append(reference.loss_scale)
+            step = jobs.train_step(engine, job, ctx, number)
+            record = jobs.follow(reference, job, ctx, number, step)
+            applied.append(step.applied)
+            if step.phase_before == "train":
+                assert step.applied == record.applied, (number, scales)
+        masters = jobs.masters(engine)
+        counters = dict(jobs.controller(engine).counters)
+    assert counters["skipped_steps"] >= 2, scales
+    assert counters["applied_steps"] == sum(applied) == reference.applied >= 6
+    worst = max(
+        float((masters[n] - m.detach()).abs().max() / m.detach().abs().max())
+        for n, m in reference.masters.items()
+    )
+    assert worst < 2e-3
+    assert all(torch.isfinite(m).all() for m in masters.values())
+    return {"scales": scales, "worst": worst, **counters}

@@ -1,0 +1,122 @@
+"""Tiny models and data for the tests: small enough that an engine step takes milliseconds, real enough to have every shape.
+
+Contract: the same seed gives the same weights and the same data in every process; nothing draws from the global generator at
+run time (no dropout). Not covered: models that a user would train; those are in `examples/`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+VOCAB = 128
+
+
+def llama(*, tied: bool = False, layers: int = 4, hidden: int = 32, seed: int = 0) -> nn.Module:
+    """Return a Llama of transformers with `layers` decoder blocks; `tied` shares embedding and head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Block(nn.Module):
+    """A residual block with an odd number of elements, so that shards need padding."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 2 * dim + 1)
+        self.down = nn.Linear(2 * dim + 1, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Embedding, a list of blocks, a head tied to the embedding.
+
+    A batch whose first token is odd jumps over block `skipped`, which therefore gets no gradient on that rank.
+    `checkpoint` is None, "reentrant" or "non_reentrant".
+    """
+
+    def __init__(
+        self, dim: int, layers: int, *, tied: bool, skipped: int | None, checkpoint: str | None
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.skipped, self.checkpoint = skipped, checkpoint
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for index, block in enumerate(self.blocks):
+            if index == self.skipped and int(input_ids[0, 0]) % 2:
+                continue
+            x = self._run(block, x)
+        return self.head(self.norm(x))
+
+    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpoint is None:
+            return block(x)
+        return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.checkpoint == "reentrant")
+
+
+def stack(
+    *,
+    dim: int = 16,
+    layers: int = 4,
+    tied: bool = True,
+    skipped: int | None = None,
+    checkpoint: str | None = None,
+    seed: int = 0,
+) -> Stack:
+    """Return a `Stack` initialised from `seed`."""
+    torch.manual_seed(seed)
+    return Stack(dim, layers, tied=tied, skipped=skipped, checkpoint=checkpoint)
+
+
+BUILDERS = {"llama": llama, "stack": stack}
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """Return the model called `name` (a key of BUILDERS)."""
+    return BUILDERS[name](**options)
+
+
+def tokens(seed: int, *, rank: int = 0, rows: int = 2, length: int = 8) -> torch.Tensor:
+    """Return `[rows, length]` int64 tokens that depend on `seed` and `rank` only."""
+    generator = torch.Generator().manual_seed(1000003 * (seed + 1) + rank)
+    return torch.randint(0, VOCAB, (rows, length), generator=generator)
+
+
+def step_data(
+    step: int, *, ranks: int, accumulation: int, rows: int = 2, length: int = 8
+) -> list[list[torch.Tensor]]:
+    """Return the tokens of one optimizer step as `data[rank][micro_batch]`."""
+    seeds = [step * accumulation + micro for micro in range(accumulation)]
+    return [[tokens(s, rank=rank, rows=rows, length=length) for s in seeds] for rank in range(ranks)]
+
+
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Return the next-token loss in fp32, whatever the dtype of the model or the form of its output."""
+    output = model(input_ids=batch)
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return F.cross_entropy(logits[:, :-1].float().reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
