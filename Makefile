@@ -41,6 +41,7 @@ test: lint $(BUILT)  ## lint, compile and test; at most 15 minutes
 	rm -f .coverage .coverage.*
 	$(PY) -m coverage run -m pytest -m "not slow" $(ARGS)
 	$(PY) -m coverage combine --quiet
+	@rm -f .coverage.*  # what a killed process had half written
 	$(PY) -m coverage report --include="*/ds_grass/*" --fail-under=90
 
 test-full: lint $(BUILT)  ## every cell of every product; goes on where it was interrupted

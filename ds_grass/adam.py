@@ -38,17 +38,20 @@ class AdamHyper:
 def check_optimizer(optimizer: Optimizer) -> None:
     """Raise ValueError, naming the class or the option, unless the optimizer computes plain Adam or AdamW."""
     if _known_class(optimizer) is None:
+        given = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise ValueError(
-            f"grass needs an Adam or AdamW optimizer but got {type(optimizer).__module__}.{type(optimizer).__qualname__}; "
+            f"grass needs an Adam or AdamW optimizer but got {given}; "
             'use torch.optim.AdamW, DeepSpeed\'s FusedAdam, or "optimizer": {"type": "AdamW"} in ds_config'
         )
     for index, group in enumerate(optimizer.param_groups):
         if group.get("amsgrad"):
-            raise ValueError(f"optimizer group {index} has amsgrad true; grass keeps no third moment: set amsgrad to false")
+            raise ValueError(
+                f"optimizer group {index} has amsgrad true; grass keeps no third moment: set it to false"
+            )
         if not group.get("bias_correction", True):
             raise ValueError(
-                f"optimizer group {index} has bias_correction false; grass always corrects by a block's own step count: "
-                "set bias_correction to true"
+                f"optimizer group {index} has bias_correction false; grass always corrects, by a block's own "
+                "step count: set bias_correction to true"
             )
 
 
@@ -68,7 +71,9 @@ def read_group(optimizer: Optimizer, group: Mapping) -> AdamHyper:
 
 def _known_class(optimizer: Optimizer) -> str | None:
     """The supported class whose `step` this optimizer runs; a subclass with its own `step` is another rule."""
-    own_step = inspect.unwrap(type(optimizer).step)  # torch wraps `step` for profiling when an instance is made
+    own_step = inspect.unwrap(
+        type(optimizer).step
+    )  # torch wraps `step` for profiling when an instance is made
     for base in type(optimizer).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in SUPPORTED:

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
 from typing import Literal
 
 PACKAGES = ("ds-grass", "torch", "deepspeed", "transformers", "accelerate", "megatron-core")
@@ -177,20 +176,12 @@ def _memory() -> Iterator[Finding]:
     else:
         cure = "raise it if pinning fails, or set grass.states.pin_memory to false"
         yield Finding("memory", "pinned memory (ulimit -l)", _size(soft), "note", cure)
-    available = _available_bytes()
+    if _installed("torch") is None:
+        return
+    available = importlib.import_module("ds_grass.host_memory").available_bytes()
     if available is not None:
         need = "by default GRASS keeps 12 bytes a parameter there"
         yield Finding("memory", "host memory available", f"{_size(available)}; {need}")
-
-
-def _available_bytes() -> int | None:
-    """Bytes that the kernel could still hand out, or None where /proc does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def _installed(package: str) -> str | None:

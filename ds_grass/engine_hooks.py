@@ -63,7 +63,9 @@ def controller(engine: Any) -> Controller:
     """
     core = getattr(getattr(engine, "optimizer", None), "core", None)
     if core is None:
-        raise ValueError("this engine does not run grass: its ds_config has no enabled grass block, or no optimizer")
+        raise ValueError(
+            "this engine does not run grass: its ds_config has no enabled grass block, or no optimizer"
+        )
     return core.controller
 
 
@@ -103,7 +105,11 @@ def _plan(arguments: Mapping[str, Any]) -> _Plan | None:
     try:
         config = parse_block(config_class._param_dict["grass"])
         plan = _check(config, arguments) if config.enabled else None
-        facts = agreement.facts_of(config, plan.layout, zero_stage=plan.stage) if plan else {"grass.enabled": False}
+        facts = (
+            agreement.facts_of(config, plan.layout, zero_stage=plan.stage)
+            if plan
+            else {"grass.enabled": False}
+        )
     except (ValueError, RuntimeError) as error:
         if store is not None:
             agreement.post_failure(store, rank, world_size, error, name=name)
@@ -134,7 +140,7 @@ def _check(config: GrassConfig, arguments: Mapping[str, Any]) -> _Plan:
         trainable = _ids(parameters)
     layout = find_layout(model, layers=config.layers, outer=config.outer, trainable=trainable)
     config.check_layers(len(layout.blocks))
-    config.probe_steps_for(len(layout.blocks), int(config_class.gradient_accumulation_steps))
+    config.probe_steps_for(len(layout.blocks), _accumulation(config_class))
     return _Plan(config, layout, model, parameters, stage)
 
 
@@ -150,7 +156,9 @@ def _refuse_pipeline_and_experts(model: Any) -> None:
     from deepspeed.runtime.pipe.module import PipelineModule
 
     if isinstance(model, PipelineModule):
-        raise ValueError("grass cannot train a PipelineModule yet; use ZeRO data parallelism, or remove the grass block")
+        raise ValueError(
+            "grass cannot train a PipelineModule yet; use ZeRO data parallelism, or remove the grass block"
+        )
     if any(isinstance(module, MoE) for module in model.modules()):
         raise ValueError("grass cannot train DeepSpeed MoE layers yet; remove them, or the grass block")
 
@@ -162,6 +170,8 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
         config_class.zero_optimization_stage = 1
         config_class.zero_enabled = True
     config_class.zero_allow_untested_optimizer = True  # the class was checked by name
+    for _, param in plan.layout.frozen_outer:
+        param.requires_grad_(False)  # grass.outer holds it still; DeepSpeed then treats it as any frozen parameter
     original = module.DeepSpeedEngine._configure_zero_optimizer
 
     def configure(optimizer: Any) -> Any:
@@ -207,9 +217,7 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
     check_optimizer(optimizer)
     config, layout = plan.config, plan.layout
     rank, _ = _rank_and_world()
-    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
-    # Without managed boundaries nobody knows how many backward passes make a step: probe as with accumulation.
-    accumulation = int(engine.gradient_accumulation_steps()) if managed else 2
+    accumulation = _accumulation(engine._config)
     warning = outer_warning(layout, config.active_layers)
     if rank == 0 and warning:
         logger.warning("grass: %s", warning)
@@ -218,15 +226,25 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
         config=config,
         layout=layout,
         optimizer=optimizer,
-        controller=Controller(config, [block.numel for block in layout.blocks], accumulation_steps=accumulation),
+        controller=Controller(
+            config, [block.numel for block in layout.blocks], accumulation_steps=accumulation
+        ),
         log=GrassLog(config.log.path, config.log.enabled, is_writer=rank == 0),
-        at_boundary=lambda: bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt,
+        at_boundary=lambda: (
+            bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt
+        ),
         frees_in_probe=accumulation == 1,
         ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         stage=plan.stage,
         num_steps=_num_steps(engine._config._param_dict),
         on_switch=cut.on_switch,
     )
+
+
+def _accumulation(config_class: Any) -> int:
+    """Micro-batches of an optimizer step; 2 where the script owns the boundary and nobody knows how many there are."""
+    managed = config_class._param_dict.get("managed_gradient_accumulation", True)
+    return int(config_class.gradient_accumulation_steps) if managed else 2
 
 
 def _num_steps(ds_config: Mapping) -> int | None:

@@ -16,8 +16,9 @@ One element of `adamw_`, every operation in fp32 (hyper-parameters are computed 
 
 These are the formulas of torch.optim.AdamW and Adam, of Kingma and Ba (arXiv 1412.6980, algorithm 1) and of Loshchilov
 and Hutter (arXiv 1711.05101). Where m and v are stored as bf16 they are rounded to nearest even when stored; the update
-uses the unrounded values. Without master weights a bf16 weight is rounded stochastically, by 16 bits that depend on
-`seed`, `step` and the element's index `offset + i` alone, so that the result does not depend on how a shard is cut.
+uses the unrounded values. (A v in bf16 then never falls while beta2 is above 0.998: the decay is less than half an ulp,
+as in any AdamW whose state is bf16.) Without master weights a bf16 weight is rounded stochastically, by 16 bits that
+depend on `seed`, `step` and the element's index `offset + i` alone, so the result does not depend on how a shard is cut.
 """
 
 from __future__ import annotations

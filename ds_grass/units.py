@@ -39,7 +39,9 @@ class Unit:
         return sum(self.sizes)
 
 
-def make_units(layout: Layout, param_groups: Sequence[Mapping], names: Mapping[Parameter, str]) -> tuple[Unit, ...]:
+def make_units(
+    layout: Layout, param_groups: Sequence[Mapping], names: Mapping[Parameter, str]
+) -> tuple[Unit, ...]:
     """Split what the user's groups hold into units, ordered by group, then block, outer last.
 
     Parameters that are frozen, empty, or held still by `grass.outer` belong to no unit. A parameter the model does
@@ -54,7 +56,9 @@ def make_units(layout: Layout, param_groups: Sequence[Mapping], names: Mapping[P
             if not param.requires_grad or num_elements(param) == 0 or id(param) in held_still:
                 continue
             block = block_of.get(id(param))
-            members.setdefault((block is None, -1 if block is None else block, str(param.dtype)), []).append(param)
+            members.setdefault((block is None, -1 if block is None else block, str(param.dtype)), []).append(
+                param
+            )
         for outer, block, _ in sorted(members):
             params = members[(outer, block, _)]
             units.append(

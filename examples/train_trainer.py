@@ -145,6 +145,7 @@ def make_model(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
         initializer_range=0.5 * options.hidden_size**-0.5,  # the default of 0.02 learns slowly at this width
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
         use_cache=False,
     )
     return LlamaForCausalLM(config)

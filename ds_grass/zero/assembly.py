@@ -95,7 +95,9 @@ def _check_capacity_everywhere(store: StateStore, ranks_on_node: int, device: to
     if failure is not None:
         raise failure
     if short.item():
-        raise RuntimeError("grass: another rank's host has too little memory for its optimizer states; see its message")
+        raise RuntimeError(
+            "grass: another rank's host has too little memory for its optimizer states; see its message"
+        )
 
 
 def _refuse_experts(units: Sequence[Unit]) -> None:

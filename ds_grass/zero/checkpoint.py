@@ -76,7 +76,9 @@ def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateSt
     """What GRASS adds to the file. `groups`: the user's, whose values a scheduler does not write until it steps."""
     return {
         "format": FORMAT,
-        "units": [{"name": u.name, "block": -1 if u.block is None else u.block, "numel": u.numel} for u in units],
+        "units": [
+            {"name": u.name, "block": -1 if u.block is None else u.block, "numel": u.numel} for u in units
+        ],
         "groups": [hyper_parameters(group) for group in groups],
         "drawn": [u.key for u in units if store.has_state(u.key)],
         "moments": str(store.moment_dtype).removeprefix("torch."),
@@ -93,11 +95,16 @@ def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
             "start from its weights (load_module_only=True) or remove the grass block"
         )
     if state["format"] > FORMAT:
-        raise ValueError(f"{where} has grass format {state['format']}; this version reads up to {FORMAT}: upgrade ds-grass")
+        raise ValueError(
+            f"{where} has grass format {state['format']}, this ds-grass reads {FORMAT}: upgrade it"
+        )
     mine = [(u.name, u.numel) for u in units]
     theirs = [(u["name"], u["numel"]) for u in state["units"]]
     if mine != theirs:
-        at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+            min(len(mine), len(theirs)),
+        )
         raise ValueError(
             f"{where} is of another model or grouping: unit {at} is "
             f"{theirs[at] if at < len(theirs) else 'missing'} there and {mine[at] if at < len(mine) else 'missing'} here"

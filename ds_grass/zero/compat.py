@@ -62,7 +62,9 @@ NEEDED_BY_STAGE_3 = {
 def missing(stage: int) -> list[str]:
     """Dotted paths of needed names that the installed DeepSpeed does not have."""
     table = {**NEEDED, **(NEEDED_BY_STAGE_3 if stage == 3 else {})}
-    return [f"{module}.{path}" for module, paths in table.items() for path in paths if not _exists(module, path)]
+    return [
+        f"{module}.{path}" for module, paths in table.items() for path in paths if not _exists(module, path)
+    ]
 
 
 def check(stage: int) -> None:

@@ -87,7 +87,12 @@ class GrassCore:
         """`weights(key)` is this rank's flat weight shard; `publish(key)` follows its update. `norm_ranges` are the
         parts of each gradient shard that this rank counts (tensor parallelism counts replicated ones once);
         `norm_groups` the process groups over which squares add up; `shard_start` the shard's place in the unit."""
-        self.job, self.units, self.reducer, self.store = job, {unit.key: unit for unit in units}, reducer, store
+        self.job, self.units, self.reducer, self.store = (
+            job,
+            {unit.key: unit for unit in units},
+            reducer,
+            store,
+        )
         self.weights, self.publish = weights, publish
         self.norm_groups, self.norm_ranges, self.shard_start = norm_groups, norm_ranges, shard_start
         self.clip_grad = clip_grad

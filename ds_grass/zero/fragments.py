@@ -62,7 +62,9 @@ class UnitFragment:
         """This rank's part of the reduced gradient, between backward and step."""
         shard = self.reducer.shards.get(self.key)
         if shard is None:
-            raise ValueError("Gradients are only available after backward, before engine step, for active blocks")
+            raise ValueError(
+                "Gradients are only available after backward, before engine step, for active blocks"
+            )
         return self._narrow(shard)
 
     def update_hp(self) -> None:
@@ -72,7 +74,9 @@ class UnitFragment:
         self._narrow(self.weights).copy_(self.get_hp_fragment())
 
 
-def link(unit: Unit, layout: FlatShards, store: StateStore, reducer: GradientReducer, weights: Tensor, group) -> None:
+def link(
+    unit: Unit, layout: FlatShards, store: StateStore, reducer: GradientReducer, weights: Tensor, group
+) -> None:
     """Give every parameter of the unit the attributes and methods DeepSpeed's tools call. `weights`: the own shard."""
     first = layout.rank * layout.shard_numel
     for index, param in enumerate(unit.params):
@@ -116,7 +120,9 @@ def _set_full(param: Parameter, value: Tensor, optim_state_key: str | None = Non
 
 def _get_full_grad(param: Parameter) -> Tensor:
     mapping = param._hp_mapping
-    return _assemble(param, mapping.get_lp_grad_fragment(param._index_in_param_group) if mapping is not None else None)
+    return _assemble(
+        param, mapping.get_lp_grad_fragment(param._index_in_param_group) if mapping is not None else None
+    )
 
 
 def _set_full_grad(param: Parameter, value: Tensor) -> None:

@@ -62,7 +62,9 @@ class HostOptimizer:
 
     def offload_states(self, *args: object, **kwargs: object) -> None:
         """States are on the host already, but for the active set, which a step needs."""
-        raise RuntimeError("engine.offload_states() is not for a grass engine: its states are on the host as it is")
+        raise RuntimeError(
+            "engine.offload_states() is not for a grass engine: its states are on the host as it is"
+        )
 
     def reload_states(self, *args: object, **kwargs: object) -> None:
         """Nothing was offloaded."""
@@ -137,9 +139,13 @@ class HostOptimizer:
 
     def _grass_state(self) -> dict:
         core = self.core
-        return checkpoint.grass_state(self.units, self.param_groups, core.store, core.controller, core.reducer.counters)
+        return checkpoint.grass_state(
+            self.units, self.param_groups, core.store, core.controller, core.reducer.counters
+        )
 
-    def _restore_grass(self, state: Mapping, masters: Sequence[Tensor], moments: Mapping[int, Mapping]) -> None:
+    def _restore_grass(
+        self, state: Mapping, masters: Sequence[Tensor], moments: Mapping[int, Mapping]
+    ) -> None:
         """States first, then the controller, then the active set that it says."""
         numels = {unit.key: self.shards[unit.key].numel() for unit in self.units}
         self.core.store.activate([])

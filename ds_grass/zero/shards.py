@@ -91,7 +91,9 @@ class ParameterShards:
 
     def _place(self, buffer: Tensor, index: int) -> Tensor:
         """The (world_size, part) places of parameter `index`."""
-        return buffer.view(self.world_size, self.shard_numel).narrow(1, self.columns[index], self.parts[index])
+        return buffer.view(self.world_size, self.shard_numel).narrow(
+            1, self.columns[index], self.parts[index]
+        )
 
     def store(self, buffer: Tensor, index: int, grad: Tensor, *, accumulate: bool) -> None:
         place, flat, part = self._place(buffer, index), grad.reshape(-1), self.parts[index]

@@ -79,7 +79,8 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def _refuse_autocast_scaler(self) -> None:
         if self.torch_autocast_gradscaler is not None:
             raise ValueError(
-                "torch_autocast.dtype is float16, whose gradient scaler grass does not drive; use bfloat16, or fp16.enabled"
+                "torch_autocast.dtype is float16, whose gradient scaler grass does not drive; "
+                "use bfloat16, or fp16.enabled"
             )
 
     # -- what the parent would hold for the whole model --------------------------------------------------------------
@@ -138,7 +139,9 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         key, index = self._unit_of[id(param)]
         shard = self.core.reducer.shards.get(key)
         if shard is None:
-            raise ValueError("gradients are available after backward and before engine.step(), for active blocks only")
+            raise ValueError(
+                "gradients are available after backward and before engine.step(), for active blocks only"
+            )
         return self._part(shard, key, index), key
 
     def _part(self, flat: Tensor, key: int, index: int) -> Tensor:
@@ -176,7 +179,9 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def _make_state(self, param: Parameter) -> None:
         self.core.store.ensure(self._unit_of[id(param)][0])
 
-    def update_fp32_grad_for_param_vectorized(self, update_func: Callable, param_list: Sequence[Parameter]) -> None:
+    def update_fp32_grad_for_param_vectorized(
+        self, update_func: Callable, param_list: Sequence[Parameter]
+    ) -> None:
         for param in param_list:
             if param.requires_grad:
                 self.set_fp32_grad_for_param(update_func(self.get_fp32_grad_for_param(param), param), param)

@@ -74,7 +74,9 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
             sum_dtype=gradient_accumulation_dtype or self.dtype,
         )
         self.layouts = {
-            unit.key: FlatShards(unit.sizes, averaging.world_size, averaging.rank, unit.params[0].element_size())
+            unit.key: FlatShards(
+                unit.sizes, averaging.world_size, averaging.rank, unit.params[0].element_size()
+            )
             for unit in self.units
         }
         self.flat = {unit.key: self._flatten(unit) for unit in self.units}
@@ -105,7 +107,9 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
             )
         )
         self._managed = [param for unit in self.units for param in unit.params]
-        self._grad_acc_hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._managed]
+        self._grad_acc_hooks = [
+            p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._managed
+        ]
         self._gathers: list[object] = []
         self._begin()
 
@@ -142,10 +146,14 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, param: Parameter) -> None:
-        refresh = self.should_refresh_expected_hook_count()  # before re-entering, which hides a phase's beginning
+        refresh = (
+            self.should_refresh_expected_hook_count()
+        )  # before re-entering, which hides a phase's beginning
         self.reenter_backward_if_needed()
         self.core.reducer.arrived(param)
-        expected = count_used_parameters_in_backward(self._managed) if refresh else self._max_expected_hooks_seen
+        expected = (
+            count_used_parameters_in_backward(self._managed) if refresh else self._max_expected_hooks_seen
+        )
         self.update_hook_state_and_maybe_run_epilogue(expected)
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
@@ -178,7 +186,8 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
                 "param_groups": checkpoint.param_groups(self.units, self.optimizer.param_groups),
             },
             "single_partition_of_fp32_groups": [
-                state.master[: state.master.numel() - padding] for state, padding in zip(states, paddings, strict=True)
+                state.master[: state.master.numel() - padding]
+                for state, padding in zip(states, paddings, strict=True)
             ],
             "zero_stage": 2 if self.partition_gradients else 1,
             "group_paddings": paddings,

@@ -65,7 +65,7 @@ def saving_changes_nothing(ctx: Context, stage: int) -> None:
     jobs.assert_identical(kept[0][1], kept[1][1], "masters")
 
 
-@case(ranks=(1, 2), stage=(1, 2, 3), dtype=("fp32", "bf16"))
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), dtype=("fp32", "bf16"))
 def zero_to_fp32_reads_what_was_saved(ctx: Context, stage: int, dtype: str) -> None:
     """DeepSpeed's own script finds every parameter, drawn or not, with its master's bits."""
     import torch.distributed as dist

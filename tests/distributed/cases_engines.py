@@ -17,7 +17,7 @@ from tests.distributed.registry import case
 WITHOUT_HOOK = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
-@case(ranks=(1, 2), stage=(0, 1, 2, 3), dtype=("fp32", "bf16"))
+@case(strength=1, ranks=(1, 2), stage=(0, 1, 2, 3), dtype=("fp32", "bf16"))
 def plain_deepspeed_equals_the_reference(ctx: Context, stage: int, dtype: str) -> dict:
     """The yardstick itself: with all blocks active the reference is what DeepSpeed with torch AdamW does."""
     job = jobs.Job(stage=stage, dtype=dtype, grass=None, accumulation=2)
@@ -41,7 +41,7 @@ def _digest(stage: int, dtype: str, ctx: Context, **extra: object) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-@case(ranks=(1, 2), alone=True, environment=(WITHOUT_HOOK, WITHOUT_HOOK), timeout_seconds=120)
+@case(strength=1, ranks=(1, 2), alone=True, environment=(WITHOUT_HOOK, WITHOUT_HOOK), timeout_seconds=120)
 def deepspeed_without_a_block_is_as_without_the_package(ctx: Context) -> None:
     """Bit for bit, on every stage: before the package is imported, after, and with the block switched off."""
     assert "ds_grass" not in sys.modules
@@ -55,7 +55,7 @@ def deepspeed_without_a_block_is_as_without_the_package(ctx: Context) -> None:
     assert [_digest(stage, dtype, ctx, **switched_off) for stage, dtype in cells] == before
 
 
-@case(ranks=(1, 2), stages=((2, 2), (1, 3), (3, 3)))
+@case(strength=1, ranks=(1, 2), stages=((2, 2), (1, 3), (3, 3)))
 def several_engines_in_one_process_are_independent(ctx: Context, stages: tuple[int, int]) -> None:
     """Two engines stepped in turn end as they do alone."""
     pair = [
@@ -78,7 +78,7 @@ def several_engines_in_one_process_are_independent(ctx: Context, stages: tuple[i
         jobs.assert_identical(together[which], alone[which][1], f"masters of engine {which}")
 
 
-@case(ranks=(1, 2), stage=(0, 3))
+@case(strength=1, ranks=(1, 2), stage=(0, 3))
 def engine_without_optimizer_stands_aside(ctx: Context, stage: int) -> None:
     """A reference or reward model under the same ds_config evaluates as usual; a training engine beside it trains."""
     import deepspeed
@@ -99,7 +99,7 @@ def engine_without_optimizer_stands_aside(ctx: Context, stage: int) -> None:
             assert torch.equal(models.loss(engine, models.tokens(0)), expected)
 
 
-@case(ranks=(1, 2), stage=(0, 1, 2, 3))
+@case(strength=1, ranks=(1, 2), stage=(0, 1, 2, 3))
 def parameters_the_user_froze_stay_frozen(ctx: Context, stage: int) -> None:
     """Frozen before initialize, they are never thawed, changed or counted, through draws and a checkpoint."""
     job = jobs.Job(stage=stage)
@@ -121,7 +121,7 @@ def parameters_the_user_froze_stay_frozen(ctx: Context, stage: int) -> None:
     assert not changed & frozen
 
 
-@case(ranks=(1, 2), stage=(1, 2, 3))
+@case(strength=1, ranks=(1, 2), stage=(1, 2, 3))
 def every_way_to_pass_parameters_gives_the_same_bits(ctx: Context, stage: int) -> None:
     """`model_parameters` as list, generator or groups, a client optimizer or a callable, a config as dict or path."""
     import json

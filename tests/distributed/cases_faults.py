@@ -17,7 +17,7 @@ from tests.distributed.registry import case
 STAGES = (0, 1, 2, 3)
 
 
-@case(ranks=(2,), key=("seed", "active_layers", "policy"))
+@case(strength=1, ranks=(2,), key=("seed", "active_layers", "policy"))
 def rank_with_another_config_is_named(ctx: Context, key: str) -> str:
     """Every rank raises the same error, which names the rank and the key; the next engine starts as usual."""
     other = {"seed": 8, "active_layers": 1, "policy": "lisa"}[key]
@@ -32,7 +32,7 @@ def rank_with_another_config_is_named(ctx: Context, key: str) -> str:
     return str(caught.value)
 
 
-@case(ranks=(2,))
+@case(strength=1, ranks=(2,))
 def rank_with_a_wrong_config_is_named_on_the_others(ctx: Context) -> str:
     """A rank that refuses its block says so to the others, which stop at once instead of waiting."""
     job = jobs.Job(grass={"temperature": -1.0} if ctx.rank == 1 else {})
@@ -44,7 +44,7 @@ def rank_with_a_wrong_config_is_named_on_the_others(ctx: Context) -> str:
     return str(caught.value)
 
 
-@case(ranks=(2,))
+@case(strength=1, ranks=(2,))
 def rank_with_another_model_is_named(ctx: Context) -> str:
     """Ranks that built different models are told apart before any weight is sent."""
     job = jobs.Job(model_options={"layers": 4 + ctx.rank})
@@ -53,7 +53,13 @@ def rank_with_another_model_is_named(ctx: Context) -> str:
     return ""
 
 
-@case(ranks=(2,), alone=True, environment=({}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}), timeout_seconds=150)
+@case(
+    strength=1,
+    ranks=(2,),
+    alone=True,
+    environment=({}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+    timeout_seconds=150,
+)
 def rank_without_the_package_is_named(ctx: Context) -> str:
     """A rank that was started with TORCH_DEVICE_BACKEND_AUTOLOAD=0 is named by the others within 60 s, no hang."""
     import deepspeed
@@ -71,7 +77,7 @@ def rank_without_the_package_is_named(ctx: Context) -> str:
     return str(caught.value)
 
 
-@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), phase=("probe", "train"))
+@case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), phase=("probe", "train"))
 def step_with_a_gradient_that_is_not_finite_is_skipped(
     ctx: Context, stage: int, dtype: str, phase: str
 ) -> None:
@@ -110,7 +116,7 @@ def _assert_skipped(engine: object, job: jobs.Job, ctx: Context) -> None:
     jobs.assert_identical(jobs.masters(engine), masters, "masters after a skipped step")
 
 
-@case(ranks=(1, 2), stage=(1, 3))
+@case(strength=1, ranks=(1, 2), stage=(1, 3))
 def twenty_skipped_steps_in_a_row_end_the_job(ctx: Context, stage: int) -> None:
     """An error on every rank instead of an endless run that trains nothing."""
     job = jobs.Job(stage=stage)
@@ -133,7 +139,7 @@ def fp16_on_cpu() -> Iterator[None]:
         yield
 
 
-@case(ranks=(1, 2), stage=STAGES, accumulation=(1, 2))
+@case(strength=1, ranks=(1, 2), stage=STAGES, accumulation=(1, 2))
 def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int, accumulation: int) -> dict:
     """Forced overflows while probing and training skip the step everywhere and halve the scale; the rest is as ever."""
     fp16 = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}

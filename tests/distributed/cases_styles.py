@@ -14,7 +14,7 @@ from tests.reference import Sampling
 STAGES = (0, 1, 2, 3)
 
 
-@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
+@case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
 def loss_backward_gives_the_bits_of_engine_backward(
     ctx: Context, stage: int, dtype: str, accumulation: int
 ) -> None:
@@ -29,7 +29,7 @@ def loss_backward_gives_the_bits_of_engine_backward(
     jobs.assert_identical(kept[0][1], kept[1][1], "masters")
 
 
-@case(ranks=(1, 2), stage=(0, 1), dtype=("fp32", "bf16"))
+@case(strength=1, ranks=(1, 2), stage=(0, 1), dtype=("fp32", "bf16"))
 def no_sync_accumulates_without_communication(ctx: Context, stage: int, dtype: str) -> dict:
     """Backward passes under `no_sync` count towards the next step and reduce nothing; probing measures their sum."""
     micros = 3
@@ -56,7 +56,7 @@ def no_sync_accumulates_without_communication(ctx: Context, stage: int, dtype: s
     return {"worst": assert_near_the_reference(masters, reference.masters, dtype)}
 
 
-@case(ranks=(1, 2), stage=STAGES)
+@case(strength=1, ranks=(1, 2), stage=STAGES)
 def boundaries_set_by_the_script_are_obeyed(ctx: Context, stage: int) -> None:
     """`set_gradient_accumulation_boundary` by hand, as Accelerate does, gives the same bits."""
     kept = []
@@ -77,7 +77,7 @@ def boundaries_set_by_the_script_are_obeyed(ctx: Context, stage: int) -> None:
     jobs.assert_identical(kept[0], kept[1], "masters")
 
 
-@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"))
+@case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"))
 def unmanaged_accumulation_is_the_reference(ctx: Context, stage: int, dtype: str) -> dict:
     """`managed_gradient_accumulation: false`: the script calls `step` when it likes; every call is a boundary."""
     job = jobs.Job(stage=stage, dtype=dtype, accumulation=1, extra={"managed_gradient_accumulation": False})
@@ -96,6 +96,7 @@ def unmanaged_accumulation_is_the_reference(ctx: Context, stage: int, dtype: str
 
 
 @case(
+    strength=1,
     ranks=(1, 2),
     stage=STAGES,
     dtype=("fp32", "bf16"),
@@ -124,7 +125,9 @@ def _assert_same_course(ours: list[jobs.Step], theirs: list[jobs.Step]) -> None:
         assert abs(a.norm - b.norm) <= 1e-3 * abs(b.norm)
 
 
-@case(ranks=(2,), stage=STAGES, overlap=(True, False), accumulation=(1, 2), style=("engine", "loss"))
+@case(
+    strength=1, ranks=(2,), stage=STAGES, overlap=(True, False), accumulation=(1, 2), style=("engine", "loss")
+)
 def block_without_gradient_on_some_ranks_hangs_nobody(
     ctx: Context, stage: int, overlap: bool, accumulation: int, style: str
 ) -> dict:
@@ -145,11 +148,13 @@ def block_without_gradient_on_some_ranks_hangs_nobody(
     return {"worst": assert_near_the_reference(masters, reference.masters, "fp32"), "odd": odd}
 
 
-@case(ranks=(1, 2), stage=STAGES)
+@case(strength=1, ranks=(1, 2), stage=STAGES)
 def only_an_unused_block_is_active_hangs_nobody(ctx: Context, stage: int) -> None:
     """A step in which nothing that trains has a gradient on one rank, or on any: zero gradients, no hang."""
     job = jobs.Job(stage=stage, model="stack", model_options={"skipped": 1, "layers": 2, "tied": False})
-    job = jobs.with_grass(job, policy="cyclic", active_layers=1, sampling_period=1, outer="never")
+    job = jobs.with_grass(
+        job, policy="cyclic", probe_steps=None, active_layers=1, sampling_period=1, outer="never"
+    )
     with jobs.engine_of(job) as engine:
         for number in range(6):
             batch = job.data(number, ctx)[ctx.rank][0].clone()

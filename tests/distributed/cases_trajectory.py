@@ -123,7 +123,7 @@ def trajectory_equals_the_reference(
     assert len({s.active_before for s in steps if s.phase_before == "train"}) > 1, "the draws never differed"
     worst = assert_near_the_reference(masters, reference.masters, dtype)
     trained = [n for n in start if not any(n in blocks[i] for i in range(len(blocks)) if i not in drawn)]
-    share = 1e-3 if dtype == "fp32" else 0.1
+    share = 1e-4 if dtype == "fp32" else 1e-2
     apart = assert_moved_alike(masters, reference.masters, {n: start[n] for n in trained}, share)
     return {"worst": worst, "apart": apart, "active": [s.active_before for s in steps]}
 
@@ -135,7 +135,7 @@ def _assert_close(ours: tuple[float, ...] | None, theirs: list[float], tolerance
         assert abs(a - b) <= tolerance * abs(b), (ours, theirs)
 
 
-@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
+@case(ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
 def all_blocks_active_equals_plain_deepspeed(ctx: Context, stage: int, dtype: str, accumulation: int) -> dict:
     """With nothing frozen and nothing probed the block changes where states are, not what is computed."""
     plain = jobs.Job(stage=stage, dtype=dtype, accumulation=accumulation, grass=None)
@@ -151,7 +151,7 @@ def all_blocks_active_equals_plain_deepspeed(ctx: Context, stage: int, dtype: st
     return {"worst": assert_near_the_reference(results[1], results[0], dtype)}
 
 
-@case(ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"))
+@case(ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"))
 def resident_and_stream_give_the_same_bits(ctx: Context, stage: int, dtype: str) -> None:
     """The mode decides where states are, never what the weights become."""
     kept = []
@@ -166,13 +166,14 @@ def resident_and_stream_give_the_same_bits(ctx: Context, stage: int, dtype: str)
         jobs.assert_identical(moments, kept[0][2], "second moments")
 
 
-@case(ranks=(2,), stage=STAGES, policy=("grass", "static", "top_k", "lisa", "cyclic"))
+@case(ranks=(2,), strength=1, stage=STAGES, policy=("grass", "static", "top_k", "lisa", "cyclic"))
 def all_ranks_draw_the_same_blocks(ctx: Context, stage: int, policy: str) -> list:
     """Every rank trains the same set in every step, though each sees other data; the log on rank 0 says the same."""
     import torch.distributed as dist
 
     probes = policy in ("grass", "static", "top_k")
     job = jobs.Job(stage=stage, grass={"policy": policy, "sampling_period": 2, "refresh_period": 2})
+    job = jobs.with_grass(job, probe_steps=2 if probes else None)
     with jobs.engine_of(job) as engine:
         active = [jobs.train_step(engine, job, ctx, number).active_before for number in range(10)]
         everyone: list = [None] * ctx.world_size

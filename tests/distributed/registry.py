@@ -37,39 +37,43 @@ class Case:
 CASES: list[Case] = []
 
 
-def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return few cells of the product in which every two values of two factors meet; greedy, always the same."""
+def covering(factors: Mapping[str, Sequence[Any]], strength: int = 2) -> list[dict[str, Any]]:
+    """Return few cells of the product in which every `strength` values of different factors meet.
+
+    2 = all pairs, 1 = every value once. Greedy, and always the same.
+    """
     names = list(factors)
     cells = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
-    wanted = {pair for cell in cells for pair in _pairs(cell)}
+    strength = min(strength, len(names))
+    wanted = {group for cell in cells for group in _groups(cell, strength)}
     chosen = []
     while wanted:
-        best = max(cells, key=lambda cell: len(wanted & _pairs(cell)))
+        best = max(cells, key=lambda cell: len(wanted & _groups(cell, strength)))
         chosen.append(best)
-        wanted -= _pairs(best)
+        wanted -= _groups(best, strength)
     return chosen
 
 
-def _pairs(cell: Mapping[str, Any]) -> set[tuple]:
-    items = [(name, repr(value)) for name, value in cell.items()]
-    return set(itertools.combinations(items, 2)) if len(items) > 1 else set(itertools.combinations(items, 1))
+def _groups(cell: Mapping[str, Any], strength: int) -> set[tuple]:
+    return set(itertools.combinations([(name, repr(value)) for name, value in cell.items()], strength))
 
 
 def case(
     *,
     ranks: Iterable[int] = (2,),
+    strength: int = 2,
     slow: bool = False,
     alone: bool = False,
     timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS,
     environment: Sequence[Mapping[str, str]] = (),
     **factors: Sequence[Any],
 ) -> Callable[[Callable], Callable]:
-    """Register every cell of `ranks` x `factors`; the quick run takes an all-pairs subset, the slow run all of them."""
+    """Register every cell of `ranks` x `factors`; the quick run takes a `covering` subset, the slow run all of them."""
 
     def register(function: Callable) -> Callable:
         product = {"ranks": list(ranks), **{name: list(values) for name, values in factors.items()}}
         names = list(product)
-        quick = all_pairs(product)
+        quick = covering(product, strength)
         for values in itertools.product(*product.values()):
             cell = dict(zip(names, values, strict=True))
             label = "-".join(f"{name}={value}" for name, value in cell.items())

@@ -50,9 +50,11 @@ ORDER = """
 
     ds_grass.zero
     ds_grass.zero.compat
+    ds_grass.zero.placement
     ds_grass.zero.shards
     ds_grass.zero.reducer
     ds_grass.zero.core
+    ds_grass.zero.announce
     ds_grass.zero.checkpoint
     ds_grass.zero.assembly
     ds_grass.zero.fragments

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import resume
+
+pytest_plugins = ["pytester"]
 
 SUITE = """
     import pathlib, pytest
@@ -28,59 +27,51 @@ SUITE = """
 
 
 @pytest.fixture
-def suite(tmp_path):
-    """A little repository of its own with the plugin in it; call it to run pytest there."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "ds_grass").mkdir()
-    (tmp_path / "ds_grass" / "module.py").write_text("x = 1\n")
-    options = "pythonpath = ['.']\ntestpaths = ['tests']\n"
-    (tmp_path / "pyproject.toml").write_text(f"[tool.pytest.ini_options]\n{options}")
-    (tmp_path / "tests" / "conftest.py").write_text("pytest_plugins = ['tests.resume']\n")
-    shutil.copy(resume.__file__, tmp_path / "tests" / "resume.py")
-    lines = [line[4:] for line in SUITE.splitlines()]
-    (tmp_path / "tests" / "test_suite.py").write_text("\n".join(lines))
+def suite(pytester):
+    """A little repository of its own; call it to run pytest there with the plugin."""
+    (pytester.mkdir("ds_grass") / "module.py").write_text("x = 1\n")
+    pytester.makepyfile(test_suite=SUITE)
 
-    def run(*arguments: str) -> tuple[str, int]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        done = subprocess.run(
-            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        return done.stdout.strip().splitlines()[-1], done.returncode
+    def run(*arguments: str) -> tuple[dict[str, int], int]:
+        result = pytester.runpytest_inprocess("-p", "tests.resume", "-p", "no:cacheprovider", *arguments)
+        return result.parseoutcomes(), result.ret
 
-    run.folder = tmp_path
+    run.folder = pytester.path
     return run
 
 
 def test_second_run_leaves_out_what_passed_and_repeats_the_rest(suite):
-    line, status = suite("--resume=done")
-    assert line.startswith("1 failed, 4 passed, 1 skipped, 1 error")
-    assert status == 1
+    outcomes, status = suite("--resume=done")
+    assert outcomes == {"failed": 1, "passed": 4, "skipped": 1, "errors": 1}
+    assert status == pytest.ExitCode.TESTS_FAILED
     (suite.folder / "repaired").touch()
-    line, status = suite("--resume=done")
-    assert line.startswith("2 passed, 1 skipped, 3 deselected")
-    assert status == 0
+    outcomes, status = suite("--resume=done")
+    assert outcomes == {"passed": 2, "skipped": 1, "deselected": 3}
+    assert status == pytest.ExitCode.OK
 
 
 def test_run_with_nothing_left_succeeds(suite):
-    assert suite("--resume=done", "-k", "good")[1] == 0
-    line, status = suite("--resume=done", "-k", "good")
-    assert "6 deselected" in line
-    assert status == 0
+    assert suite("--resume=done", "-k", "good") == ({"passed": 1, "deselected": 5}, pytest.ExitCode.OK)
+    assert suite("--resume=done", "-k", "good") == ({"deselected": 6}, pytest.ExitCode.OK)
+
+
+def test_run_that_selects_nothing_is_still_an_error(suite):
+    assert suite("--resume=done", "-k", "nosuch")[1] == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_changed_source_starts_from_nothing(suite):
     suite("--resume=done", "-k", "good")
     module = suite.folder / "ds_grass" / "module.py"
     module.write_text("x = 2\n")
-    assert suite("--resume=done", "-k", "good")[0].startswith("1 passed")
+    assert suite("--resume=done", "-k", "good")[0]["passed"] == 1
     module.write_text("x = 1\n")
-    assert "6 deselected" in suite("--resume=done", "-k", "good")[0]
+    assert suite("--resume=done", "-k", "good")[0] == {"deselected": 6}
 
 
 def test_run_without_the_option_writes_and_leaves_out_nothing(suite):
     suite("--resume=done", "-k", "good")
     before = {path: path.read_text() for path in (suite.folder / "done").iterdir()}
-    assert suite("-k", "good")[0].startswith("1 passed")
+    assert suite("-k", "good")[0]["passed"] == 1
     assert {path: path.read_text() for path in (suite.folder / "done").iterdir()} == before
 
 
