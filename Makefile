@@ -59,10 +59,10 @@ clean:  ## remove what was built and measured; the environment stays
 	rm -f ds_grass/_C*.so $(BUILT)
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-# Rewritten only when another version is asked for, so that the stamps below notice.
+# Rewritten only when other versions or another checkout are asked for, so that the stamps below notice.
 $(WANTED): FORCE
 	@mkdir -p $(VENV)
-	@echo "$(PYTHON) $(TORCH) $(DEEPSPEED)" | cmp -s - $@ || echo "$(PYTHON) $(TORCH) $(DEEPSPEED)" > $@
+	@echo "$(CURDIR) $(TORCH) $(DEEPSPEED)" | cmp -s - $@ || echo "$(CURDIR) $(TORCH) $(DEEPSPEED)" > $@
 
 $(INSTALLED): $(WANTED) pyproject.toml
 	@echo "installing into $(VENV); the first time takes some minutes"

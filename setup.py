@@ -22,6 +22,7 @@ HEADERS = ["csrc/adamw.h"]
 # a root or a select can be vectorised; values do not depend on either.
 FLAGS = [
     "-O3",
+    "-g0",
     "-fopenmp",
     "-ffp-contract=off",
     "-fno-math-errno",

@@ -107,9 +107,7 @@ inline uint32_t random_key(uint64_t seed, uint64_t step, uint64_t page) {
   return key;
 }
 
-// Unbiased: rounds away from zero with a probability of the discarded half over 2^16.
-GRASS_INLINE uint16_t bf16_round_stochastic(float value, uint32_t key, uint32_t index_in_page) {
-  return bf16_truncate_after(value, hash32(index_in_page ^ key) >> 16);
-}
+// Unbiased: rounds away from zero with a probability of the discarded half over 2^16. `random` is below 2^16.
+GRASS_INLINE uint16_t bf16_round_stochastic(float value, uint32_t random) { return bf16_truncate_after(value, random); }
 
 }  // namespace grass

@@ -1,4 +1,4 @@
-// grass::adamw_ on the CPU: one pass over the shard, all threads, vectorised by the compiler for the machine it runs on.
+// grass::adamw_ on the CPU: one pass over the shard on all threads, vectorised for the machine it runs on.
 //
 // Overrides the PyTorch kernel of ds_grass/ops.py (the specification) for CPU tensors. Shards need no alignment beyond
 // their element's, and may hold more than 2^31 elements.
@@ -39,12 +39,16 @@ struct Fp32 {
   using Stored = float;
   static GRASS_INLINE float load(float stored) { return stored; }
   static GRASS_INLINE float round(float value) { return value; }
+  static GRASS_INLINE float round_stochastic(float value, uint32_t) { return value; }
 };
 
 struct Bf16 {
   using Stored = uint16_t;
   static GRASS_INLINE float load(uint16_t stored) { return bf16_to_float(stored); }
   static GRASS_INLINE uint16_t round(float value) { return bf16_round_nearest_even(value); }
+  static GRASS_INLINE uint16_t round_stochastic(float value, uint32_t random) {
+    return bf16_round_stochastic(value, random);
+  }
 };
 
 struct Fp16 {
@@ -72,11 +76,12 @@ GRASS_INLINE void update_loop(const Shard& shard, const AdamWStep& step, int64_t
     float m = Moment::load(exp_avg[i]);
     float v = Moment::load(exp_avg_sq[i]);
     adamw_update<kL2>(weight, m, v, Grad::load(grad[i]), s);
+    const uint32_t random = hash32((first_in_page + static_cast<uint32_t>(i)) ^ key);  // dead code where unused
     exp_avg[i] = Moment::round(m);
-    exp_avg_sq[i] = Moment::round(v);
+    exp_avg_sq[i] = Moment::round_stochastic(v, random & 0xffffu);
     if constexpr (kMaster) master[i] = weight;
     if constexpr (!kMaster && std::is_same_v<Param, Bf16>) {
-      param[i] = bf16_round_stochastic(weight, key, first_in_page + static_cast<uint32_t>(i));
+      param[i] = bf16_round_stochastic(weight, random >> 16);
     } else {
       param[i] = Param::round(weight);
     }

@@ -39,7 +39,7 @@ def autoload() -> None:
             if module is not None and _hooked.get(name) is not module:
                 _install_when_executed(name, module)
     except Exception as error:  # an exception would break `import torch`
-        _keep("autoload", error)
+        _keep("autoload", error, "so a `grass` block in ds_config would be ignored")
 
 
 def is_active() -> bool:
@@ -130,11 +130,11 @@ def _install(name: str, module: ModuleType) -> None:
         getattr(import_module(module_path), function)(module)
         failures.pop(name, None)
     except Exception as error:  # an exception would break `import deepspeed`
-        _keep(name, error)
+        _keep(name, error, "so a `grass` block in ds_config will be refused")
         _refuse_blocks(module)
 
 
-def _keep(name: str, error: Exception) -> None:
+def _keep(name: str, error: Exception, consequence: str) -> None:
     import logging
     import traceback
 
@@ -142,11 +142,11 @@ def _keep(name: str, error: Exception) -> None:
     failures[name] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     if not known:
         logging.getLogger(__name__).warning(
-            "ds_grass could not hook %s (%s: %s), so a `grass` block in ds_config will be refused; "
-            "`ds_grass doctor` shows the traceback",
+            "ds_grass failed at %s (%s: %s), %s; `ds_grass doctor` shows the traceback",
             name,
             type(error).__name__,
             error,
+            consequence,
         )
 
 

@@ -226,9 +226,7 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
         config=config,
         layout=layout,
         optimizer=optimizer,
-        controller=Controller(
-            config, [block.numel for block in layout.blocks], accumulation_steps=accumulation
-        ),
+        controller=Controller(config, _block_sizes(engine, layout), accumulation_steps=accumulation),
         log=GrassLog(config.log.path, config.log.enabled, is_writer=rank == 0),
         at_boundary=lambda: (
             bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt
@@ -239,6 +237,20 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
         num_steps=_num_steps(engine._config._param_dict),
         on_switch=cut.on_switch,
     )
+
+
+def _block_sizes(engine: Any, layout: Layout) -> list[int]:
+    """Unsharded elements of each block: a tensor-parallel shard stands for as many as its group has ranks."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    from ds_grass.layers import num_elements
+
+    mpu = engine.mpu
+    shares = mpu.get_model_parallel_world_size() if hasattr(mpu, "get_model_parallel_world_size") else 1
+    return [
+        sum(num_elements(p) * (shares if is_model_parallel_parameter(p) else 1) for _, p in block.params)
+        for block in layout.blocks
+    ]
 
 
 def _accumulation(config_class: Any) -> int:

@@ -15,10 +15,10 @@ One element of `adamw_`, every operation in fp32 (hyper-parameters are computed 
     w = w - (m * (lr / (1 - beta1^step))) / d
 
 These are the formulas of torch.optim.AdamW and Adam, of Kingma and Ba (arXiv 1412.6980, algorithm 1) and of Loshchilov
-and Hutter (arXiv 1711.05101). Where m and v are stored as bf16 they are rounded to nearest even when stored; the update
-uses the unrounded values. (A v in bf16 then never falls while beta2 is above 0.998: the decay is less than half an ulp,
-as in any AdamW whose state is bf16.) Without master weights a bf16 weight is rounded stochastically, by 16 bits that
-depend on `seed`, `step` and the element's index `offset + i` alone, so the result does not depend on how a shard is cut.
+and Hutter (arXiv 1711.05101). The update uses m and v unrounded. Stored as bf16, m is rounded to nearest even, v
+stochastically: rounded to nearest it would never fall while beta2 is above 0.998, since the decay is less than half an
+ulp. Without master weights a bf16 weight is rounded stochastically too. The random bits, 16 for the weight and 16 for
+v, depend on `seed`, `step` and the element's index `offset + i` alone: how a shard is cut makes no difference.
 """
 
 from __future__ import annotations
@@ -188,13 +188,17 @@ def _adamw_pytorch(
         # fp32 value, rounded to fp32, is the correctly rounded one.
         denominator = v.double().sqrt_().float().mul_(root_correction2).add_(eps)
         w.sub_((m * step_size).div_(denominator))
-        if exp_avg.dtype != torch.float32:
+        rounds_weight = master is None and param.dtype == torch.bfloat16
+        rounds_moments = exp_avg.dtype != torch.float32
+        if rounds_weight or rounds_moments:
+            random = _random_bits(w, seed, step, offset + chunk.start)
+        if rounds_moments:
             exp_avg[chunk].copy_(m)
-            exp_avg_sq[chunk].copy_(v)
-        if master is not None:
+            exp_avg_sq[chunk].copy_(_round_stochastic(v, random & 0xFFFF))
+        if rounds_weight:
+            param[chunk].copy_(_round_stochastic(w, random >> 16))
+        elif master is not None:
             param[chunk].copy_(w)
-        elif param.dtype == torch.bfloat16:
-            param[chunk].copy_(_round_stochastic(w, seed, step, offset + chunk.start))
 
 
 def _chunks(numel: int, offset: int, device: torch.device) -> Iterator[slice]:
@@ -207,15 +211,18 @@ def _chunks(numel: int, offset: int, device: torch.device) -> Iterator[slice]:
         start = stop
 
 
-def _round_stochastic(values: Tensor, seed: int, step: int, first: int) -> Tensor:
+def _random_bits(like: Tensor, seed: int, step: int, first: int) -> Tensor:
+    """32 random bits an element, int64 `[n]`. `first` is the index of like[0]; all lie on one page of 2^32 elements."""
+    index = torch.arange(like.numel(), device=like.device).add_(first & _MASK32)
+    return _hash32(index ^ _random_key(seed, step, first >> 32))
+
+
+def _round_stochastic(values: Tensor, random: Tensor) -> Tensor:
     """fp32 values `[n]` that are bf16 values, each rounded away from zero with the probability of what it lost.
 
-    `first` is the index of values[0]; all lie on one page of 2^32 elements.
+    random: int64 `[n]`, uniform below 2^16.
     """
-    index = torch.arange(values.numel(), device=values.device).add_(first & _MASK32)
-    increment = _hash32(index ^ _random_key(seed, step, first >> 32)) >> 16
-    bits = values.view(torch.int32)
-    rounded = ((bits + increment.int()) & ~0xFFFF).view(torch.float32)
+    rounded = ((values.view(torch.int32) + random.int()) & ~0xFFFF).view(torch.float32)
     return torch.where(values.isnan(), values, rounded)
 
 

@@ -65,7 +65,9 @@ METHODS = (
 def main() -> int:
     options = parse_arguments()
     if not any(entry.name == "ds_grass" for entry in entry_points(group="torch.backends")):
-        console.print("[red]ds_grass is not installed in this environment[/]: run `pip install .`, or `make demo`")
+        console.print(
+            "[red]ds_grass is not installed in this environment[/]: run `pip install .`, or `make demo`"
+        )
         return 2
     begin = time.perf_counter()
     output = Path(options.output).resolve()
@@ -76,7 +78,8 @@ def main() -> int:
         pretrained = pretrain(output, options)
         runs = [fine_tune(output, method, options) for method in METHODS]
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]the job ended with exit code {error.returncode}[/]; its last lines:\n", error.output)
+        console.print(f"[red]the job ended with exit code {error.returncode}[/]; its last lines:")
+        console.print(error.output, markup=False, soft_wrap=True)
         return 2
     grass, outer, adamw = runs
     print_losses(console, runs)
@@ -101,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 def pretrain(output: Path, options: argparse.Namespace) -> Run:
     arguments = ["--dataset", "python-docs", "--max-steps", str(options.pretrain_steps)]
     arguments += ["--learning-rate", "4e-3", "--eval-steps", str(max(1, options.pretrain_steps // 4))]
-    method = Method("pretrained", "pre-training on documentation", 4e-3)
+    method = Method("pretrained", "pre-training", 4e-3)
     return run_script(output, method, [*arguments, "--seed", str(options.seed)])
 
 
@@ -127,24 +130,34 @@ def run_script(output: Path, method: Method, arguments: list[str]) -> Run:
     watch(method.title, command, folder)
     run = read_run(method.title, folder, time.perf_counter() - begin)
     console.print(
-        f"[bold]{method.title:30}[/] held-out loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}, "
-        f"{run.steps} steps in {run.train_seconds:.0f} s, {run.seconds:.0f} s with start and end"
+        f"[bold]{method.title:12}[/] held-out loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}, "
+        f"{run.steps} steps in {run.train_seconds:.0f} of {run.seconds:.0f} s"
     )
     return run
 
 
-def watch(title: str, command: list[str], folder: Path) -> None:
-    """Run to the end, with the last held-out loss beside a spinner; the whole output goes to output.txt."""
-    environment = {
+def job_environment() -> dict[str, str]:
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // NUM_RANKS)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # DeepSpeed compiles an operator at its first start; by default all its versions share, and break, one folder
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
     }
+
+
+def watch(title: str, command: list[str], folder: Path) -> None:
+    """Run to the end, with the last held-out loss beside a spinner; the whole output goes to output.txt."""
     lines: list[str] = []
     with console.status(f"{title}: starting") as status, open(folder / "output.txt", "w") as file:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=folder,
+            env=job_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert process.stdout is not None
         with process:

@@ -9,7 +9,7 @@ from demo_report import Run, device_bytes
 from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first: there may be no display
+from matplotlib import pyplot as plt
 
 GREEN, GREY, BLUE = "#2a9d5c", "#8a8f98", "#3465a4"
 
@@ -29,7 +29,9 @@ def draw_picture(path: Path, grass: Run, outer: Run, adamw: Run) -> Path:
 def draw_losses(axes: Axes, runs: tuple[tuple[Run, str], ...]) -> None:
     for run, color in runs:
         axes.plot(run.eval_steps, run.losses, marker="o", markersize=3, color=color, label=run.title)
-    axes.axvspan(0, runs[0][0].start["probe_steps"], color=GREEN, alpha=0.12, linewidth=0, label="GRASS probes")
+    axes.axvspan(
+        0, runs[0][0].start["probe_steps"], color=GREEN, alpha=0.12, linewidth=0, label="GRASS probes"
+    )
     axes.set(title="Held-out loss on Python code", xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False)
 
@@ -51,7 +53,7 @@ def draw_active(axes: Axes, grass: Run) -> None:
         grass.draws, grass.draw_steps, [*grass.draw_steps[1:], grass.steps], strict=True
     ):
         for block in draw["active"]:
-            axes.broken_barh([(begin, end - begin)], (block - 0.42, 0.84), color=GREEN)
+            axes.broken_barh([(begin, end - begin)], (block - 0.42, 0.84), facecolor=GREEN, edgecolor="white")
     num_blocks, probe_steps = grass.start["num_blocks"], grass.start["probe_steps"]
     axes.axvspan(0, probe_steps, color=GREEN, alpha=0.12, linewidth=0)
     axes.set(title="Active blocks", xlabel="step", ylabel="block", xlim=(0, grass.steps))
@@ -61,7 +63,9 @@ def draw_active(axes: Axes, grass: Run) -> None:
 def draw_importance(axes: Axes, grass: Run) -> None:
     first, last = grass.draws[0], grass.draws[-1]
     blocks = range(grass.start["num_blocks"])
-    axes.plot(blocks, first["importance"], color=GREY, marker="o", markersize=3, label="after probing")
-    axes.plot(blocks, last["importance"], color=GREEN, marker="o", markersize=3, label="at the last draw")
-    axes.set(title="Importance: mean gradient norm", xlabel="block", yscale="log")
+    for draw, color, label in ((first, GREY, "after probing"), (last, GREEN, "at the last draw")):
+        mean = sum(draw["importance"]) / len(draw["importance"])
+        relative = [value / mean for value in draw["importance"]]
+        axes.plot(blocks, relative, color=color, marker="o", markersize=3, label=label)
+    axes.set(title="Importance: mean gradient norm", xlabel="block", ylabel="of the mean", ylim=(0, None))
     axes.legend(frameon=False)

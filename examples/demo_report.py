@@ -169,11 +169,18 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], blo
 
 
 def print_losses(console: Console, runs: list[Run]) -> None:
-    table = Table(title="Fine-tuning on code: equal tokens, learning rate chosen for each", title_justify="left")
+    table = Table(
+        title="Fine-tuning on code: equal tokens, learning rate chosen for each", title_justify="left"
+    )
     for column in ("", "held-out loss before", "after", "best", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for run in runs:
-        values = (f"{run.losses[0]:.4f}", f"{run.losses[-1]:.4f}", f"{min(run.losses):.4f}", f"{run.train_seconds:.1f}")
+        values = (
+            f"{run.losses[0]:.4f}",
+            f"{run.losses[-1]:.4f}",
+            f"{min(run.losses):.4f}",
+            f"{run.train_seconds:.1f}",
+        )
         table.add_row(run.title, *values)
     console.print(table)
 
@@ -200,7 +207,13 @@ def print_blocks(console: Console, grass: Run) -> None:
     for index in range(grass.start["num_blocks"]):
         visits = sum(index in draw["active"] for draw in draws)
         importance = grass.draws[-1]["importance"][index]
-        row = (str(index), str(visits), str(steps[index]), f"{importance:.2e}", "[green]" + "#" * (4 * visits))
+        row = (
+            str(index),
+            str(visits),
+            str(steps[index]),
+            f"{importance:.2e}",
+            "[green]" + "#" * (4 * visits),
+        )
         table.add_row(*row)
     console.print(table)
 

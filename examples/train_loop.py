@@ -54,7 +54,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="python-docs", help="python-docs, python-code, a file or a folder")
+    parser.add_argument(
+        "--dataset", default="python-docs", help="python-docs, python-code, a file or a folder"
+    )
     parser.add_argument("--output", default="runs/loop", metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--eval-steps", type=int, default=50)

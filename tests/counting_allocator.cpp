@@ -5,38 +5,60 @@
 // their own deleter and are not counted in either direction.
 #include <c10/core/CPUAllocator.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
 
 namespace {
-
-std::atomic<int64_t> live_bytes{0};
-std::atomic<int64_t> peak_bytes{0};
 
 struct Allocation {
   c10::DataPtr inner;
   int64_t bytes;
 };
 
-void free_allocation(void* context) {
-  auto* allocation = static_cast<Allocation*>(context);
-  live_bytes -= allocation->bytes;
-  delete allocation;
+// Keyed by address: raw_allocate demands that a block's context is the block itself, so nothing can ride along in it.
+struct Ledger {
+  std::mutex mutex;
+  std::unordered_map<void*, Allocation> allocations;
+  int64_t live_bytes = 0;
+  int64_t peak_bytes = 0;
+};
+
+Ledger& ledger() {
+  static auto* instance = new Ledger;  // never freed: tensors may outlive everything
+  return *instance;
+}
+
+void forget(void* data) {
+  c10::DataPtr inner;  // freed after the lock
+  std::lock_guard<std::mutex> lock(ledger().mutex);
+  auto found = ledger().allocations.find(data);
+  ledger().live_bytes -= found->second.bytes;
+  inner = std::move(found->second.inner);
+  ledger().allocations.erase(found);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::Allocator* inner = nullptr;
 
   c10::DataPtr allocate(size_t num_bytes) override {
-    auto* allocation = new Allocation{inner->allocate(num_bytes), static_cast<int64_t>(num_bytes)};
-    const int64_t now = live_bytes += allocation->bytes;
-    int64_t seen = peak_bytes;
-    while (now > seen && !peak_bytes.compare_exchange_weak(seen, now)) {
+    c10::DataPtr block = inner->allocate(num_bytes);
+    void* data = block.get();
+    if (data == nullptr) {
+      return block;
     }
-    return {allocation->inner.get(), allocation, &free_allocation, allocation->inner.device()};
+    const c10::Device device = block.device();
+    const auto bytes = static_cast<int64_t>(num_bytes);
+    std::lock_guard<std::mutex> lock(ledger().mutex);
+    ledger().allocations.emplace(data, Allocation{std::move(block), bytes});
+    ledger().live_bytes += bytes;
+    ledger().peak_bytes = std::max(ledger().peak_bytes, ledger().live_bytes);
+    return {data, data, &forget, device};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &forget; }
 
   void copy_data(void* dest, const void* src, std::size_t count) const override {
     default_copy_data(dest, src, count);
@@ -44,7 +66,7 @@ struct CountingAllocator final : c10::Allocator {
 };
 
 CountingAllocator& counting() {
-  static auto* allocator = new CountingAllocator;  // never freed: tensors may outlive everything
+  static auto* allocator = new CountingAllocator;
   return *allocator;
 }
 
@@ -59,7 +81,18 @@ void counting_start() {
   }
 }
 
-int64_t counting_live_bytes() { return live_bytes; }
-int64_t counting_peak_bytes() { return peak_bytes; }
-void counting_reset_peak() { peak_bytes = live_bytes.load(); }
+int64_t counting_live_bytes() {
+  std::lock_guard<std::mutex> lock(ledger().mutex);
+  return ledger().live_bytes;
+}
+
+int64_t counting_peak_bytes() {
+  std::lock_guard<std::mutex> lock(ledger().mutex);
+  return ledger().peak_bytes;
+}
+
+void counting_reset_peak() {
+  std::lock_guard<std::mutex> lock(ledger().mutex);
+  ledger().peak_bytes = ledger().live_bytes;
+}
 }

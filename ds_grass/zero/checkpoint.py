@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -96,19 +97,16 @@ def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
         )
     if state["format"] > FORMAT:
         raise ValueError(
-            f"{where} has grass format {state['format']}, this ds-grass reads {FORMAT}: upgrade it"
+            f"{where} has grass format {state['format']}, ours is {FORMAT}: upgrade"
         )
     mine = [(u.name, u.numel) for u in units]
     theirs = [(u["name"], u["numel"]) for u in state["units"]]
-    if mine != theirs:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-            min(len(mine), len(theirs)),
-        )
-        raise ValueError(
-            f"{where} is of another model or grouping: unit {at} is "
-            f"{theirs[at] if at < len(theirs) else 'missing'} there and {mine[at] if at < len(mine) else 'missing'} here"
-        )
+    for at, (here, there) in enumerate(zip_longest(mine, theirs)):
+        if here != there:
+            raise ValueError(
+                f"{where} is of another model or grouping: unit {at} is {there or 'missing'} there and "
+                f"{here or 'missing'} here; load it with the model and the parameter groups that saved it"
+            )
     return state
 
 

@@ -143,7 +143,8 @@ def test_bf16_moments_are_rounded_when_stored_not_when_used(kernel):
     kernel(*full)
     assert torch.equal(low[0], full[0])
     assert torch.equal(bits(low[2]), bits(full[2].bfloat16()))
-    assert torch.equal(bits(low[3]), bits(full[3].bfloat16()))
+    neighbours = (bits(low[3]) - (full[3].view(torch.int32) >> 16)).unique()
+    assert neighbours.tolist() == [0, 1]  # the bf16 value below or above, both occur
 
 
 @pytest.mark.parametrize("param", [FP32, BF16])
@@ -397,3 +398,12 @@ def test_squared_norm_copies_no_more_than_a_chunk(monkeypatch):
     with LargestResult() as largest:
         assert ops.squared_norm(values).item() == 1000
     assert 0 < largest.numel <= 64
+
+
+def test_a_bf16_second_moment_falls_when_gradients_do(kernel):
+    shard = make_shard(2048, moments=BF16)
+    shard[3].fill_(1.0)
+    shard[4].zero_()
+    for step in range(1, 301):
+        kernel(*shard, step=step, beta2=0.999)
+    assert abs(shard[3].float().mean().item() - 0.999**300) < 0.005

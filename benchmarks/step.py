@@ -1,0 +1,271 @@
+"""Cost of a training step: GRASS beside plain AdamW, a LISA callback and the badam package, in one run.
+
+    python benchmarks/step.py --json benchmarks/results/step.jsonl
+    python benchmarks/step.py --device cuda --hidden 2048 --blocks 16 --dtype bf16 --sequence 1024 --isolate
+
+Seconds: contestants take turns step by step, so that a machine that slows down slows all of them; `--isolate`
+gives each a process of its own where the device cannot hold all models. Median and 10th and 90th percentile over the
+timed steps; warm-up, probing included, is not counted, draws and switches are. Bytes: a process of its own for each,
+untimed, from before the model is built until every block was active: CUDA's own peak, or on a CPU the tensors alive,
+seen by a counting allocator (`tests/audit.py`). "resting" are the bytes between two steps, weights left out: states
+and whatever else stays. Host bytes are those of optimizer states. Single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import contestants
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "deepspeed", "transformers", "badam", "ds-grass")
+
+
+def main() -> None:
+    settings = parse_arguments()
+    sys.path.insert(0, str(ROOT))
+    prepare_process(settings)
+    if settings.worker:
+        print("RESULT", json.dumps(work(settings)), flush=True)
+        return
+    console = Console(highlight=False)
+    chosen = settings.only or contestants.names(settings)
+    bytes_of = {name: ask_worker(name, settings, "bytes", console) for name in chosen}
+    if settings.isolate:
+        timings = {name: ask_worker(name, settings, "seconds", console) for name in chosen}
+    else:
+        with console.status("timing, contestants in turn"):
+            timings = time_steps(chosen, settings)
+    row = describe(settings)
+    row["results"] = [
+        {"name": name, **summary(timings[name], timings.get("plain"), settings), **bytes_of[name]}
+        for name in chosen
+    ]
+    print_table(console, row)
+    if settings.json:
+        with open(settings.json, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def parse_arguments() -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--blocks", type=int, default=12)
+    add("--active", type=int, default=2, help="blocks that train at a time")
+    add("--hidden", type=int, default=256)
+    add("--vocabulary", type=int, default=2048)
+    add("--sequence", type=int, default=128)
+    add("--batch", type=int, default=4)
+    add("--dtype", choices=sorted(contestants.DTYPES), default="fp32")
+    add("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of the engines")
+    add("--period", type=int, default=10, help="steps between switches")
+    add("--steps", type=int, default=40, help="timed steps of each")
+    add("--warm-up", type=int, default=6, help="steps before, probing included")
+    add("--checkpointing", action="store_true", help="recompute activations")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=1, help="of the CPU")
+    add("--only", nargs="+", metavar="NAME", help="some of the contestants")
+    add("--isolate", action="store_true", help="time each in a process of its own, one after the other")
+    add("--json", metavar="FILE", help="append the row of this run")
+    add("--worker", choices=("bytes", "seconds"), help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.steps < 10 or settings.warm_up <= contestants.PROBE_STEPS:
+        parser.error(f"it takes at least 10 timed steps and {contestants.PROBE_STEPS + 1} steps of warm-up")
+    return settings
+
+
+def prepare_process(settings: Namespace) -> None:
+    """A group of one rank, quiet logs, few threads."""
+    torch.set_num_threads(settings.threads)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("ds_grass").setLevel(logging.ERROR)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    if settings.device == "cuda":
+        torch.cuda.set_device(0)
+
+
+def batches(settings: Namespace, count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (settings.batch, settings.sequence)
+    drawn = [torch.randint(0, settings.vocabulary, shape, generator=generator) for _ in range(count)]
+    return [batch.to(settings.device) for batch in drawn]
+
+
+# -- seconds --------------------------------------------------------------------------------------------------------
+
+
+def time_steps(chosen: list[str], settings: Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds of every timed step, and of the package's own calls in them, by contestant."""
+    group = [contestants.build(name, settings) for name in chosen]
+    data = batches(settings, settings.warm_up + settings.steps)
+    for batch in data[: settings.warm_up]:
+        for contestant in group:
+            contestant.step(batch)
+    own_before = [contestant.own_seconds() for contestant in group]
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    for turn, batch in enumerate(data[settings.warm_up :]):
+        for offset in range(len(group)):  # each follows each other one equally often
+            contestant = group[(turn + offset) % len(group)]
+            seconds[contestant.name].append(seconds_of(contestant, batch, settings))
+    own = [c.own_seconds() - before for c, before in zip(group, own_before, strict=True)]
+    return {
+        name: {"seconds": seconds[name], "own_seconds": spent}
+        for name, spent in zip(chosen, own, strict=True)
+    }
+
+
+def seconds_of(contestant: contestants.Contestant, batch: torch.Tensor, settings: Namespace) -> float:
+    synchronize(settings)
+    begin = time.perf_counter()
+    contestant.step(batch)
+    synchronize(settings)
+    return time.perf_counter() - begin
+
+
+def synchronize(settings: Namespace) -> None:
+    """Everything queued on the device has run, so that a step's work is counted in that step."""
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def summary(timing: dict[str, Any], plain: dict[str, Any] | None, settings: Namespace) -> dict[str, Any]:
+    median = statistics.median(timing["seconds"])
+    deciles = statistics.quantiles(timing["seconds"], n=10, method="inclusive")
+    return {
+        "median_seconds": median,
+        "p10_seconds": deciles[0],
+        "p90_seconds": deciles[-1],
+        "timed_steps": len(timing["seconds"]),
+        "tokens_per_second": settings.batch * settings.sequence / median,
+        "ratio_to_plain": median / statistics.median(plain["seconds"]) if plain else None,
+        "own_share": timing["own_seconds"] / len(timing["seconds"]) / median,
+    }
+
+
+# -- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def ask_worker(name: str, settings: Namespace, what: str, console: Console) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--worker", what, "--only", name]
+    with console.status(f"{what} of {name}"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise RuntimeError(f"measuring {what} of {name} failed:\n{done.stderr[-2000:]}")
+
+
+def work(settings: Namespace) -> dict[str, Any]:
+    (name,) = settings.only
+    if settings.worker == "seconds":
+        return time_steps([name], settings)[name]
+    return measure_bytes(name, settings)
+
+
+def measure_bytes(name: str, settings: Namespace) -> dict[str, int]:
+    """Until every block was active: enough draws for that, one step after the other."""
+    from tests import audit
+
+    audit.start()
+    before = audit.live_bytes()
+    audit.reset_peak()
+    settings = Namespace(**{**vars(settings), "period": 2})
+    contestant = contestants.build(name, settings)
+    num_steps = contestants.PROBE_STEPS + 2 * 3 * -(-settings.blocks // settings.active)
+    data = batches(settings, 2)
+    for index in range(num_steps):
+        contestant.step(data[index % 2])
+    weights = sum(p.numel() * p.element_size() for p in contestant.model.parameters())
+    inputs = sum(batch.numel() * batch.element_size() for batch in data)
+    return {
+        "peak_device_bytes": audit.peak_bytes() - before,
+        "resting_device_bytes": audit.live_bytes() - before - weights - inputs,
+        "weight_bytes": weights,
+        "host_bytes": contestant.host_bytes(),
+    }
+
+
+# -- output ---------------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Namespace) -> dict[str, Any]:
+    hidden = {"worker", "only", "json", "isolate"}
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("/")]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "command": "python benchmarks/step.py " + " ".join(arguments),
+        "settings": {key: value for key, value in vars(settings).items() if key not in hidden},
+    }
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "device": device}
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def print_table(console: Console, row: dict[str, Any]) -> None:
+    settings = row["settings"]
+    title = f"{settings['blocks']} blocks, {settings['active']} active, hidden {settings['hidden']}, {settings['dtype']}"
+    table = Table(title=f"{title}, {row['machine']['device'] or row['machine']['cpu']}", title_justify="left")
+    for column in (
+        "",
+        "ms a step",
+        "p10",
+        "p90",
+        "of plain",
+        "tokens/s",
+        "peak MiB",
+        "resting MiB",
+        "host MiB",
+        "own",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for result in row["results"]:
+        ratio = result["ratio_to_plain"]
+        table.add_row(
+            result["name"],
+            *(f"{1000 * result[f'{key}_seconds']:.1f}" for key in ("median", "p10", "p90")),
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{result['tokens_per_second']:.0f}",
+            *(f"{result[f'{key}_bytes'] / 2**20:.1f}" for key in ("peak_device", "resting_device", "host")),
+            f"{result['own_share']:.2%}" if result["own_share"] else "",
+        )
+    console.print(table)
+    console.print(
+        '"resting": device bytes between steps beside the weights; "own": time in measuring and deciding'
+    )
+
+
+if __name__ == "__main__":
+    main()
