@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class UnitState:
+class SavedState:
     """One unit's state as host tensors: fp32 master and moments, each (shard,), and the unit's Adam steps."""
 
     master: Tensor
@@ -34,14 +34,14 @@ class UnitState:
     step: int
 
 
-def collect(unit: Unit, store: StateStore, weights: Tensor) -> UnitState:
+def collect(unit: Unit, store: StateStore, weights: Tensor) -> SavedState:
     """The unit's state, made up from its weights (`weights`: own shard, model dtype) when it was never drawn."""
     held = store.home(unit.key)
     if held is None:
         zeros = torch.zeros(weights.numel(), dtype=torch.float32)
-        return UnitState(_fp32_copy(weights), zeros, zeros.clone(), 0)
+        return SavedState(_fp32_copy(weights), zeros, zeros.clone(), 0)
     master = weights if held.master is None else held.master
-    return UnitState(_fp32_copy(master), _fp32_copy(held.exp_avg), _fp32_copy(held.exp_avg_sq), held.step)
+    return SavedState(_fp32_copy(master), _fp32_copy(held.exp_avg), _fp32_copy(held.exp_avg_sq), held.step)
 
 
 def _fp32_copy(tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _fp32_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).float()
 
 
-def optimizer_state(states: Sequence[UnitState]) -> dict[int, dict]:
+def optimizer_state(states: Sequence[SavedState]) -> dict[int, dict]:
     """The "state" of a torch optimizer with one flat parameter a unit, as DeepSpeed's tools expect it."""
     return {
         key: {
