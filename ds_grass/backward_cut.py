@@ -1,6 +1,6 @@
 """Where backward may stop: below the lowest block that trains, nothing needs a gradient.
 
-When outer parameters rest, autograd would stop by itself, if nobody asked for more. The Hugging Face Trainer does: with
+When the embeddings rest, autograd would stop by itself, if nobody asked for more. The Hugging Face Trainer does: with
 gradient checkpointing it makes the embedding's output require a gradient, so that reentrant checkpoints of a
 frozen embedding work, and backward then recomputes every frozen block down to the embedding.
 
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from ds_grass.layers import Block, Layout
 
 _MARK = "_grass_frozen_embedding_output"
-_MAX_NODES = 10_000  # of a graph above a block list; the embedding's has a handful, an encoder's some thousands
+_MAX_NODES = (
+    10_000  # of a graph above a block list; the embedding's has a handful, an encoder's some thousands
+)
 
 
 class BackwardCut:
@@ -35,7 +37,6 @@ class BackwardCut:
         self._blocks = layout.blocks
         self._entrances = set({block.list_name: block.index for block in reversed(layout.blocks)}.values())
         self._lowest: set[int] = set()
-        self._outer_trains = True
         self._hides_inputs: bool | None = None  # not known before the first forward
         inside = {id(module) for block in layout.blocks for module in block.module.modules()}
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in inside]
@@ -45,10 +46,9 @@ class BackwardCut:
             hook = functools.partial(self._enter, block)
             self._handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def on_switch(self, blocks: Sequence[int] | None) -> None:
-        """The active set changed; `blocks` None: outer parameters train, so that backward reaches the embeddings."""
-        self._outer_trains = blocks is None
-        lowest = {self._blocks[index].list_name: index for index in sorted(blocks or (), reverse=True)}
+    def on_switch(self, blocks: Sequence[int]) -> None:
+        """These blocks train from now on. What else trains shows in the graph of an input."""
+        lowest = {self._blocks[index].list_name: index for index in sorted(blocks, reverse=True)}
         self._lowest = set(lowest.values())
 
     def remove(self) -> None:
@@ -57,7 +57,7 @@ class BackwardCut:
             handle.remove()
 
     def _mark_embedding(self, module: nn.Module, args: tuple, output: object) -> None:
-        if self._outer_trains or not isinstance(output, Tensor) or not torch.is_grad_enabled() or _trains(module):
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled() or _trains(module):
             return
         if self._hides_inputs is not False and not output.requires_grad:
             output.requires_grad_(True)
@@ -66,10 +66,12 @@ class BackwardCut:
             setattr(output, _MARK, True)
 
     def _enter(self, block: Block, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self._outer_trains or not module.training:
+        if not module.training:
             return None
         if self._hides_inputs is None:
-            self._hides_inputs = not torch.is_grad_enabled()  # a reentrant checkpoint around the hooks turned it off
+            self._hides_inputs = (
+                not torch.is_grad_enabled()
+            )  # a reentrant checkpoint around the hooks turned it off
         if self._hides_inputs:
             return None
         if block.index in self._entrances:
@@ -93,7 +95,9 @@ class BackwardCut:
         self.counters["opened"] += 1
         opened = tensors[0].detach().requires_grad_(True)
         swap = {id(tensors[0]): opened}
-        return tuple(swap.get(id(v), v) for v in args), {name: swap.get(id(v), v) for name, v in kwargs.items()}
+        return tuple(swap.get(id(v), v) for v in args), {
+            name: swap.get(id(v), v) for name, v in kwargs.items()
+        }
 
 
 def _leads_to_embeddings_only(value: Tensor) -> bool:

@@ -58,6 +58,11 @@ class HostArena:
         self.pinned = False
 
 
+def host_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros (numel,) in pages of their own, outside PyTorch's allocator; those never written cost no memory."""
+    return _map_pages(numel * dtype.itemsize).view(dtype)
+
+
 def host_storages() -> set[int]:
     """Storage addresses (`tensor.untyped_storage().data_ptr()`) of all arenas alive in this process."""
     return set(_live)

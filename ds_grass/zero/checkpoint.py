@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ds_grass.controller import Controller
+from ds_grass.copy_engine import copy_to_host
+from ds_grass.host_memory import host_zeros
 from ds_grass.state_store import StateStore
 from ds_grass.units import Unit
 
@@ -38,15 +40,17 @@ def collect(unit: Unit, store: StateStore, weights: Tensor) -> SavedState:
     """The unit's state, made up from its weights (`weights`: own shard, model dtype) when it was never drawn."""
     held = store.home(unit.key)
     if held is None:
-        zeros = torch.zeros(weights.numel(), dtype=torch.float32)
-        return SavedState(_fp32_copy(weights), zeros, zeros.clone(), 0)
+        zeros = (host_zeros(weights.numel(), torch.float32) for _ in range(2))
+        return SavedState(_fp32_copy(weights), *zeros, 0)
     master = weights if held.master is None else held.master
     return SavedState(_fp32_copy(master), _fp32_copy(held.exp_avg), _fp32_copy(held.exp_avg_sq), held.step)
 
 
 def _fp32_copy(tensor: Tensor) -> Tensor:
-    """On the host, and its own storage: `torch.save` of a view writes all of the arena behind it."""
-    return tensor.detach().to("cpu", copy=True).float()
+    """On the host, in storage of its own: `torch.save` of a view would write all of the arena behind it."""
+    copy = host_zeros(tensor.numel(), torch.float32)
+    copy_to_host(copy, tensor.detach())
+    return copy
 
 
 def optimizer_state(states: Sequence[SavedState]) -> dict[int, dict]:
@@ -96,9 +100,7 @@ def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
             "start from its weights (load_module_only=True) or remove the grass block"
         )
     if state["format"] > FORMAT:
-        raise ValueError(
-            f"{where} has grass format {state['format']}, ours is {FORMAT}: upgrade"
-        )
+        raise ValueError(f"{where} has grass format {state['format']}, ours is {FORMAT}: upgrade")
     mine = [(u.name, u.numel) for u in units]
     theirs = [(u["name"], u["numel"]) for u in state["units"]]
     for at, (here, there) in enumerate(zip_longest(mine, theirs)):

@@ -53,8 +53,8 @@ class Job:
     """ZeRO stage that ds_config asks for; 0 runs as 1."""
     num_steps: int | None
     """Optimizer steps of the whole run, where the config tells."""
-    on_switch: Callable[[Sequence[int] | None], None]
-    """Told the blocks that train from now on, None when outer parameters train too."""
+    on_switch: Callable[[Sequence[int]], None]
+    """Told the blocks that train, or are probed, from now on."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ class GrassCore:
         self.reducer.activate(active)
         self._squares.clear()
         self.store.activate([] if self.probing else [unit.key for unit in active])
-        outer_trains = any(unit.block is None for unit in active)
-        self.job.on_switch(None if outer_trains else self.controller.active)
+        self.job.on_switch(self.controller.active)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

@@ -158,26 +158,36 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         finally:
             param.requires_grad_(before)
 
-    def get_full_hp_param(self, param, optim_state_key=None) -> Tensor:
+    def get_full_hp_param(self, param, optim_state_key=None) -> Tensor | None:
+        if id(param) not in self._unit_of:
+            return None
         with self._as_trainable(param):
             return super().get_full_hp_param(param, optim_state_key)
 
-    def get_local_fp32_param(self, param, optim_state_key=None) -> Tensor:
+    def get_local_fp32_param(self, param, optim_state_key=None) -> Tensor | None:
+        if id(param) not in self._unit_of:
+            return None
         with self._as_trainable(param):
             return super().get_local_fp32_param(param, optim_state_key)
 
     def set_full_hp_param(self, value, param, optim_state_key=None) -> None:
-        self._make_state(param)
+        if not self._make_state(param):
+            return
         with self._as_trainable(param):
             super().set_full_hp_param(value, param, optim_state_key)
 
     def set_local_hp_param(self, value, param, optim_state_key=None) -> None:
-        self._make_state(param)
+        if not self._make_state(param):
+            return
         with self._as_trainable(param):
             super().set_local_hp_param(value, param, optim_state_key)
 
-    def _make_state(self, param: Parameter) -> None:
+    def _make_state(self, param: Parameter) -> bool:
+        """False, and nothing happens, for a parameter that is not managed; DeepSpeed ignores frozen ones as well."""
+        if id(param) not in self._unit_of:
+            return False
         self.core.store.ensure(self._unit_of[id(param)][0])
+        return True
 
     def update_fp32_grad_for_param_vectorized(
         self, update_func: Callable, param_list: Sequence[Parameter]

@@ -49,16 +49,16 @@ class Net(nn.Module):
 IDS = torch.tensor([[1, 2, 3]])
 
 
-def trained(model, active, *, outer=False, hugging_face=True):
+def trained(model, active, *, outer=()):
     """The model with only these blocks trainable and the cut told so."""
     cut = BackwardCut(model, find_layout(model))
     for param in model.parameters():
         param.requires_grad_(False)
     for index in active:
         model.blocks[index].requires_grad_(True)
-    if outer:
-        model.embed.requires_grad_(True)
-    cut.on_switch(None if outer else active)
+    for module in outer:
+        module.requires_grad_(True)
+    cut.on_switch(active)
     return cut
 
 
@@ -112,9 +112,18 @@ def test_checkpoints_around_hooks_keep_working_with_frozen_embeddings():
     assert cut.counters["cut"] == 0
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_head_that_trains_does_not_hide_the_blocks_from_reentrant_checkpoints(reentrant):
+    model = Net(Block, around=reentrant)
+    trained(model, [2], outer=[model.head])
+    model(IDS).backward()
+    assert model.head.weight.grad is not None
+    assert model.blocks[2].linear.weight.grad is not None
+
+
 def test_outer_that_trains_is_never_cut_off():
     model = Net(Block)
-    cut = trained(model, [2], outer=True)
+    cut = trained(model, [2], outer=[model.embed])
     model(IDS).backward()
     assert model.embed.weight.grad is not None
     assert cut.counters == {"cut": 0, "opened": 0, "embedding_opened": 0}
