@@ -92,6 +92,15 @@ def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateSt
     }
 
 
+def refuse_universal(folder: str | None) -> None:
+    """Universal checkpoints keep no states of blocks by name yet; loading one would silently drop what GRASS knows."""
+    if folder is not None:
+        raise ValueError(
+            f"checkpoint.load_universal is true, but grass cannot load the universal checkpoint {folder}; "
+            "resume from the checkpoint itself, with as many ranks as saved it"
+        )
+
+
 def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
     """The "grass" part of a checkpoint; ValueError, in one line, when it cannot belong to this job."""
     if state is None:

@@ -218,6 +218,7 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def load_state_dict(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False,
                         checkpoint_folder=None, load_serial=None, param_shapes=None) -> None:  # fmt: skip
         """Continue from a checkpoint of a grass job with as many ranks; raise ValueError before anything changes."""
+        checkpoint.refuse_universal(checkpoint_folder)
         state = state_dict_list[dist.get_rank(self.dp_process_group)]
         grass = checkpoint.check(state.get(checkpoint.KEY), self.units, "the checkpoint")
         if state["partition_count"] != self.partition_count:
