@@ -137,7 +137,7 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.elastic_checkpoint",
         is_on,
         "its files have no place for blocks that were never drawn",
-        'set it to false and use "checkpoint": {"load_universal": true} to resume on another number of ranks',
+        'set it to false, and resume with as many ranks as saved',
         when=below_stage_3,
     ),
     Rule("sparse_gradients", is_on, "grass reduces gradients dense", 'remove "sparse_gradients"'),
