@@ -8,8 +8,7 @@
 The engine calls `advance` once per optimizer boundary with the squared gradient norms of the blocks in
 `active`, already reduced over ranks and unscaled, or with None when the step was skipped because they were
 not finite. The active set changes only there. The controller holds numbers, no tensors but the generator's
-state, and no collectives: ranks agree because they are given the same norms; `adopt` takes rank 0's word and
-reports a rank that differs.
+state, and no collectives: ranks agree because they are given the same norms; `zero/core.py` verifies it.
 
 Paper: arXiv 2604.07808, the probing and the adaptive phase. Not here: moving states, reducing gradients.
 """
@@ -205,20 +204,6 @@ class Controller:
                 f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row had non-finite gradients and were skipped; "
                 "lower the learning rate, look for bad samples, or with fp16 start from a lower loss scale"
             )
-
-    def adopt(self, importance: Sequence[float] | None, active: Sequence[int]) -> None:
-        """Take rank 0's importance (None while probing). RuntimeError if rank 0 has other blocks active."""
-        num_values = None if importance is None else len(importance)
-        own_values = None if self.phase == PROBE else self.num_blocks
-        if tuple(active) != self.active or num_values != own_values:
-            raise RuntimeError(
-                f"ranks no longer agree: rank 0 trains blocks {list(active)} by importance of {num_values} "
-                f"blocks, this rank {list(self.active)} by importance of {own_values}; restart all ranks "
-                "from the same checkpoint and ds_config"
-            )
-        if importance is not None:
-            pairs = zip(self._known, importance, strict=True)
-            self._known = [None if own is None else float(value) for own, value in pairs]
 
     def log_fields(self) -> dict[str, Any]:
         """What a line of grass.jsonl says about the present set; plain values."""

@@ -87,12 +87,8 @@ class GrassCore:
         """`weights(key)` is this rank's flat weight shard; `publish(key)` follows its update. `norm_ranges` are the
         parts of each gradient shard that this rank counts (tensor parallelism counts replicated ones once);
         `norm_groups` the process groups over which squares add up; `shard_start` the shard's place in the unit."""
-        self.job, self.units, self.reducer, self.store = (
-            job,
-            {unit.key: unit for unit in units},
-            reducer,
-            store,
-        )
+        self.job, self.reducer, self.store = job, reducer, store
+        self.units = {unit.key: unit for unit in units}
         self.weights, self.publish = weights, publish
         self.norm_groups, self.norm_ranges, self.shard_start = norm_groups, norm_ranges, shard_start
         self.clip_grad = clip_grad
@@ -234,8 +230,9 @@ class GrassCore:
         """A non-finite norm: no rank steps, nothing is recorded, nothing switches."""
         names = sorted({self.units[key].name for key, value in squares.items() if not math.isfinite(value)})
         counters = self.controller.counters
-        logger.warning("grass: non-finite gradient in %s; step skipped (%d so far)", ", ".join(names) or "the sum",
-                       counters["skipped_steps"] + 1)  # fmt: skip
+        if dist.get_rank() == 0:
+            where, so_far = ", ".join(names) or "their sum", counters["skipped_steps"] + 1
+            logger.warning("grass: non-finite gradient in %s; step skipped (%d so far)", where, so_far)
         self.job.log.write("skipped", step=counters["applied_steps"], blocks=names)
         self.reducer.clear()
         self._squares.clear()

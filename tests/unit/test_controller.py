@@ -338,40 +338,6 @@ def test_config_that_does_not_fit_the_model_is_refused() -> None:
         make(9, accumulation=2, active_layers=2, probe_steps=2)
 
 
-def test_adopt_takes_the_values_of_rank_0() -> None:
-    controller = make(3, probe_steps=1, active_layers=1)
-    controller.adopt(None, (0, 1, 2))
-    controller.advance(norms(1.0, 2.0, 3.0))
-    controller.adopt([1.0, 2.5, 3.0], list(controller.active))
-    assert controller.importance == (1.0, 2.5, 3.0)
-
-
-def test_adopt_leaves_unmeasured_blocks_unmeasured() -> None:
-    rank_0, rank_1 = (make(4, probe_steps=0, sampling_period=1) for _ in range(2))
-    values = random.Random(1)
-    for _ in range(20):
-        given = norms(*(values.random() for _ in range(4)))
-        rank_0.advance(given)
-        rank_1.advance(given)
-        rank_1.adopt(rank_0.importance, rank_0.active)
-        assert snapshot(rank_0) == snapshot(rank_1)
-
-
-@pytest.mark.parametrize(
-    ("importance", "active"),
-    [([1.0, 2.0, 3.0], "other"), ([1.0, 2.0], "own"), (None, "own")],
-    ids=["blocks", "length", "phase"],
-)
-def test_adopt_reports_a_rank_that_differs(importance: list[float] | None, active: str) -> None:
-    controller = make(3, probe_steps=1, active_layers=1)
-    controller.advance(norms(1.0, 2.0, 3.0))
-    blocks = controller.active if active == "own" else ((controller.active[0] + 1) % 3,)
-    before = snapshot(controller)
-    with pytest.raises(RuntimeError, match="ranks no longer agree: rank 0 trains blocks"):
-        controller.adopt(importance, blocks)
-    assert snapshot(controller) == before
-
-
 def test_log_fields_are_plain_values() -> None:
     controller = make(3, probe_steps=1)
     plain = (str, int, float, list, type(None))
