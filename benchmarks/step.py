@@ -17,18 +17,16 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import contestants
+import rows
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -52,15 +50,35 @@ def main() -> None:
     else:
         with console.status("timing, contestants in turn"):
             timings = time_steps(chosen, settings)
-    row = describe(settings)
+    row = rows.new_row("step.py", sys.argv[1:], PACKAGES)
+    hidden = {"worker", "only", "json", "isolate", "check"}
+    row["settings"] = {key: value for key, value in vars(settings).items() if key not in hidden}
     row["results"] = [
         {"name": name, **summary(timings[name], timings.get("plain"), settings), **bytes_of[name]}
         for name in chosen
     ]
-    print_table(console, row)
+    print_tables(console, row)
     if settings.json:
-        with open(settings.json, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        rows.append(settings.json, row)
+    if settings.check and (missed := missed_claims(row)):
+        sys.exit("\n".join(missed))
+
+
+def missed_claims(row: dict[str, Any]) -> list[str]:
+    """What is promised of GRASS on a CPU and did not hold in this run."""
+    missed = []
+    for result in row["results"]:
+        if not result["name"].startswith("grass"):
+            continue
+        if result["ratio_to_plain"] is None or result["ratio_to_plain"] > 1.0:
+            missed.append(
+                f"{result['name']}: {result['ratio_to_plain']} of plain AdamW's step, not at most 1.0"
+            )
+        if result["own_share"] >= 0.01:
+            missed.append(
+                f"{result['name']}: measuring importance is {result['own_share']:.2%} of a step, not under 1%"
+            )
+    return missed
 
 
 def parse_arguments() -> Namespace:
@@ -83,6 +101,11 @@ def parse_arguments() -> Namespace:
     add("--only", nargs="+", metavar="NAME", help="some of the contestants")
     add("--isolate", action="store_true", help="time each in a process of its own, one after the other")
     add("--json", metavar="FILE", help="append the row of this run")
+    add(
+        "--check",
+        action="store_true",
+        help="exit code 1 unless GRASS costs at most plain AdamW and measuring under 1%%",
+    )
     add("--worker", choices=("bytes", "seconds"), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.steps < 10 or settings.warm_up <= contestants.PROBE_STEPS:
@@ -205,66 +228,39 @@ def measure_bytes(name: str, settings: Namespace) -> dict[str, int]:
 # -- output ---------------------------------------------------------------------------------------------------------
 
 
-def describe(settings: Namespace) -> dict[str, Any]:
-    hidden = {"worker", "only", "json", "isolate"}
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("/")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
-        "command": "python benchmarks/step.py " + " ".join(arguments),
-        "settings": {key: value for key, value in vars(settings).items() if key not in hidden},
-    }
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+def print_tables(console: Console, row: dict[str, Any]) -> None:
+    settings, machine = row["settings"], row["machine"]
+    console.print(
+        f"{settings['blocks']} blocks, {settings['active']} active, hidden {settings['hidden']}, "
+        f"{settings['batch']} x {settings['sequence']} tokens, {settings['dtype']}, ZeRO-{settings['stage']}, "
+        f"{machine['device'] or machine['cpu']}"
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "cores": os.cpu_count(), "device": device}
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def print_table(console: Console, row: dict[str, Any]) -> None:
-    settings = row["settings"]
-    title = f"{settings['blocks']} blocks, {settings['active']} active, hidden {settings['hidden']}, {settings['dtype']}"
-    table = Table(title=f"{title}, {row['machine']['device'] or row['machine']['cpu']}", title_justify="left")
-    for column in (
-        "",
-        "ms a step",
-        "p10",
-        "p90",
-        "of plain",
-        "tokens/s",
-        "peak MiB",
-        "resting MiB",
-        "host MiB",
-        "own",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    for result in row["results"]:
-        ratio = result["ratio_to_plain"]
-        table.add_row(
+    results = row["results"]
+    seconds = table_of(
+        "median", "p10", "p90", "of plain", "tokens/s", "own calls", title="Milliseconds a step"
+    )
+    for result in results:
+        seconds.add_row(
             result["name"],
             *(f"{1000 * result[f'{key}_seconds']:.1f}" for key in ("median", "p10", "p90")),
-            "" if ratio is None else f"{ratio:.2f}",
+            "" if result["ratio_to_plain"] is None else f"{result['ratio_to_plain']:.3f}",
             f"{result['tokens_per_second']:.0f}",
-            *(f"{result[f'{key}_bytes'] / 2**20:.1f}" for key in ("peak_device", "resting_device", "host")),
             f"{result['own_share']:.2%}" if result["own_share"] else "",
         )
-    console.print(table)
-    console.print(
-        '"resting": device bytes between steps beside the weights; "own": time in measuring and deciding'
-    )
+    console.print(seconds)
+    held = table_of("weights", "resting beside them", "peak", "host", title="MiB on the device")
+    for result in results:
+        kinds = ("weight", "resting_device", "peak_device", "host")
+        held.add_row(result["name"], *(f"{result[f'{kind}_bytes'] / 2**20:.1f}" for kind in kinds))
+    console.print(held)
+
+
+def table_of(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="demo-output", metavar="FOLDER", help="is emptied first")
-    parser.add_argument("--pretrain-steps", type=int, default=480)
+    parser.add_argument("--pretrain-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each fine-tuning run")
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args()

@@ -1,7 +1,7 @@
-"""Tiny models and data for the tests: small enough that an engine step takes milliseconds, real enough to have every shape.
+"""Tiny models and data for the tests: an engine step takes milliseconds, yet every shape is there.
 
-Contract: the same seed gives the same weights and the same data in every process; nothing draws from the global generator at
-run time (no dropout). Not covered: models that a user would train; those are in `examples/`.
+Contract: the same seed gives the same weights and the same data in every process; nothing draws from the global
+generator at run time (no dropout). Not covered: models that a user would train; those are in `examples/`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 VOCAB = 128
 
@@ -38,23 +39,32 @@ class Block(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.shift = nn.Parameter(torch.full((dim,), 0.1))
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, 2 * dim + 1)
         self.down = nn.Linear(2 * dim + 1, dim, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+    def forward(self, x: torch.Tensor, use_shift: bool = True) -> torch.Tensor:
+        shifted = x + self.shift if use_shift else x
+        return x + self.down(torch.tanh(self.up(self.norm(shifted))))
 
 
 class Stack(nn.Module):
     """Embedding, a list of blocks, a head tied to the embedding.
 
-    A batch whose first token is odd jumps over block `skipped`, which therefore gets no gradient on that rank.
-    `checkpoint` is None, "reentrant" or "non_reentrant".
+    A batch whose first token is odd jumps over block `skipped`, which therefore gets no gradient on that rank, and uses
+    all of block `partly` but its `shift`. `checkpoint` is None, "reentrant" or "non_reentrant".
     """
 
     def __init__(
-        self, dim: int, layers: int, *, tied: bool, skipped: int | None, checkpoint: str | None
+        self,
+        dim: int,
+        layers: int,
+        *,
+        tied: bool,
+        skipped: int | None,
+        partly: int | None,
+        checkpoint: str | None,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
@@ -63,20 +73,21 @@ class Stack(nn.Module):
         self.head = nn.Linear(dim, VOCAB, bias=False)
         if tied:
             self.head.weight = self.embed.weight
-        self.skipped, self.checkpoint = skipped, checkpoint
+        self.skipped, self.partly, self.checkpoint = skipped, partly, checkpoint
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids)
+        odd = bool(input_ids[0, 0] % 2)
         for index, block in enumerate(self.blocks):
-            if index == self.skipped and int(input_ids[0, 0]) % 2:
+            if index == self.skipped and odd:
                 continue
-            x = self._run(block, x)
+            x = self._run(block, x, not (index == self.partly and odd))
         return self.head(self.norm(x))
 
-    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: nn.Module, x: torch.Tensor, use_shift: bool) -> torch.Tensor:
         if self.checkpoint is None:
-            return block(x)
-        return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.checkpoint == "reentrant")
+            return block(x, use_shift)
+        return checkpoint(block, x, use_shift, use_reentrant=self.checkpoint == "reentrant")
 
 
 def stack(
@@ -85,12 +96,13 @@ def stack(
     layers: int = 4,
     tied: bool = True,
     skipped: int | None = None,
+    partly: int | None = None,
     checkpoint: str | None = None,
     seed: int = 0,
 ) -> Stack:
     """Return a `Stack` initialised from `seed`."""
     torch.manual_seed(seed)
-    return Stack(dim, layers, tied=tied, skipped=skipped, checkpoint=checkpoint)
+    return Stack(dim, layers, tied=tied, skipped=skipped, partly=partly, checkpoint=checkpoint)
 
 
 BUILDERS = {"llama": llama, "stack": stack}

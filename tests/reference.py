@@ -1,8 +1,8 @@
-"""GRASS the obvious way: one process, plain PyTorch, no code shared with the package. Everything else is compared with this.
+"""GRASS the obvious way: one process, plain PyTorch, no code shared with the package. The rest is compared with this.
 
-Contract: the whole model trains with one `torch.optim.AdamW` per block over full-precision master weights; the caller gives
-the data of every rank and the active blocks of every step, and gets back what the engine must have computed. `Sampling` has
-its own few lines for importance and probabilities (arXiv 2604.07808, sections 3.2 and 3.3).
+Contract: the whole model trains with one `torch.optim.AdamW` per block over full-precision master weights; the caller
+gives the data of every rank and the active blocks of every step, and gets back what the engine must have computed.
+`Sampling` has its own few lines for importance and probabilities (arXiv 2604.07808, sections 3.2 and 3.3).
 Not covered: the draw itself (the schedule is an input), sharding, streams, anything about memory or speed.
 """
 
@@ -40,8 +40,8 @@ class Record:
 class Reference:
     """Trains `model` in place. `blocks[i]` holds the parameter names of block i; every other trainable name is outer.
 
-    `loss(model, batch)` gives a scalar. `clip` 0 means no clipping. `each_micro_step` averages over the ranks after every
-    micro-batch instead of once a step, which is where ZeRO-2 and 3 round when the model is in bf16.
+    `loss(model, batch)` gives a scalar. `clip` 0 means no clipping. `each_micro_step` averages over the ranks after
+    every micro-batch instead of once a step, which is where ZeRO-2 and 3 round when the model is in bf16.
     """
 
     model: nn.Module

@@ -138,7 +138,7 @@ def every_way_to_pass_parameters_gives_the_same_bits(ctx: Context, stage: int) -
             "client": {"optimizer": torch.optim.AdamW(model.parameters(), **options)},
             "callable": {
                 "model_parameters": list(model.parameters()),
-                "optimizer": lambda params: torch.optim.AdamW(params, **options),
+                "optimizer": lambda params, options=options: torch.optim.AdamW(params, **options),
             },
         }[way]
         with jobs.engine_of(job, model=model, **arguments) as engine:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,6 +14,7 @@ import torch
 
 from tests import models
 from tests.distributed import jobs
+from tests.distributed.cases_trajectory import assert_moved_alike
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
 
@@ -21,7 +25,7 @@ STAGES = (0, 1, 2, 3)
 def rank_with_another_config_is_named(ctx: Context, key: str) -> str:
     """Every rank raises the same error, which names the rank and the key; the next engine starts as usual."""
     other = {"seed": 8, "active_layers": 1, "policy": "lisa"}[key]
-    job = jobs.Job(grass={key: other} if ctx.rank == 1 else {})
+    job = jobs.Job(grass={"probe_steps": None, **({key: other} if ctx.rank == 1 else {})})
     begin = time.monotonic()
     with pytest.raises(ValueError, match=rf"rank 1 .*grass\.{key}") as caught:
         jobs.start(job)
@@ -53,35 +57,50 @@ def rank_with_another_model_is_named(ctx: Context) -> str:
     return ""
 
 
-@case(
-    strength=1,
-    ranks=(2,),
-    alone=True,
-    environment=({}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
-    timeout_seconds=150,
-)
-def rank_without_the_package_is_named(ctx: Context) -> str:
-    """A rank that was started with TORCH_DEVICE_BACKEND_AUTOLOAD=0 is named by the others within 60 s, no hang."""
+WITHOUT_PACKAGE = {
+    "environment": ({}, {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+    "alone": True,
+    "timeout_seconds": 150,
+}
+
+
+@case(ranks=(2,), timeout_s=(8,), **WITHOUT_PACKAGE)
+@case(ranks=(2,), timeout_s=(60,), slow=True, **WITHOUT_PACKAGE)
+def rank_without_the_package_is_named(ctx: Context, timeout_s: int) -> str:
+    """A rank that was started with TORCH_DEVICE_BACKEND_AUTOLOAD=0 is named by the others in time, no hang."""
+    finished = ctx.folder / "finished"
+    if ctx.rank == 1:
+        assert "ds_grass" not in sys.modules
+        threading.Thread(target=_plain_initialize, daemon=True).start()  # never returns: the launcher ends it
+        while not finished.exists():
+            time.sleep(0.1)
+        return ""
+    from ds_grass import agreement
+
+    agree = functools.partial(agreement.agree, timeout_s=timeout_s)
+    begin = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "agree", agree)
+        with pytest.raises(RuntimeError, match="rank 1 .*TORCH_DEVICE_BACKEND_AUTOLOAD") as caught:
+            jobs.start(jobs.Job())
+    assert time.monotonic() - begin < timeout_s + 15
+    finished.touch()
+    return str(caught.value)
+
+
+def _plain_initialize() -> None:
     import deepspeed
 
     job = jobs.Job()
     model = job.build()
-    begin = time.monotonic()
-    if ctx.rank == 1:
-        with contextlib.suppress(RuntimeError):  # its first collective, when rank 0 has gone
-            deepspeed.initialize(model=model, model_parameters=model.parameters(), config=job.ds_config())
-        return ""
-    with pytest.raises(RuntimeError, match="rank 1 .*TORCH_DEVICE_BACKEND_AUTOLOAD") as caught:
-        jobs.start(job, model=model)
-    assert time.monotonic() - begin < 75
-    return str(caught.value)
+    deepspeed.initialize(model=model, model_parameters=model.parameters(), config=job.ds_config())
 
 
 @case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), phase=("probe", "train"))
 def step_with_a_gradient_that_is_not_finite_is_skipped(
     ctx: Context, stage: int, dtype: str, phase: str
 ) -> None:
-    """One rank's bad batch: no rank steps, records, switches or moves its schedule; the run goes on as if never seen."""
+    """One rank's bad batch: no rank steps, records, switches or moves its schedule; the run goes on as without it."""
     from tests.distributed.cases_schedule import WARMUP
 
     extra = {"scheduler": WARMUP}
@@ -145,6 +164,7 @@ def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int,
     fp16 = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}
     job = jobs.Job(stage=stage, dtype="fp16", accumulation=accumulation, extra={"fp16": fp16})
     reference = jobs.reference_of(job)
+    start = {n: m.detach().clone() for n, m in reference.masters.items()}
     scales, applied = [], []
     with fp16_on_cpu(), jobs.engine_of(job) as engine:
         for number in range(26):
@@ -160,11 +180,7 @@ def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int,
         masters = jobs.masters(engine)
         counters = dict(jobs.controller(engine).counters)
     assert counters["skipped_steps"] >= 2, scales
-    assert counters["applied_steps"] == sum(applied) == reference.applied >= 6
-    worst = max(
-        float((masters[n] - m.detach()).abs().max() / m.detach().abs().max())
-        for n, m in reference.masters.items()
-    )
-    assert worst < 2e-3
+    assert counters["applied_steps"] == sum(applied) == reference.applied >= 6, (counters, applied, scales)
+    worst = assert_moved_alike(masters, reference.masters, start, 0.05)
     assert all(torch.isfinite(m).all() for m in masters.values())
     return {"scales": scales, "worst": worst, **counters}

@@ -1,9 +1,9 @@
 """Runs many distributed cases in one process group per world size, over gloo and a `file://` store.
 
-Contract: `run_cases` starts `world_size` processes once and runs the cases in order, each in a folder of its own. A case that
-fails, hangs or kills its process ends that group; the rest continues in a fresh one, so no case can spoil another. A rank
-that hangs leaves the stacks of its threads in the result. Only processes started here are ended. Workers are started with
-`python -m`, so coverage's subprocess support counts them.
+Contract: `run_cases` starts `world_size` processes once and runs the cases in order, each in its own folder. A case
+that fails, hangs or kills its process ends that group; the rest continues in a fresh one, so no case can spoil another.
+A rank that hangs leaves the stacks of its threads in the result. Only processes started here are ended. Workers are
+started with `python -m`, so coverage's subprocess support counts them.
 Not covered: which cases exist (registry.py) and what they promise.
 """
 
@@ -196,9 +196,10 @@ def _worker(work: Path, rank: int, world_size: int) -> int:
             return 3
         meeting.set(f"{index}/{rank}", "passed")
         meeting.wait([f"{index}/{r}" for r in range(world_size)])
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(30, exit=True)
     with contextlib.suppress(RuntimeError):  # a case may have taken the group down itself
         dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
     return 0
 
 

@@ -1,7 +1,7 @@
 """What a user's script does, in a few lines: a ds_config, an engine, a loop that records what it saw.
 
-Contract: `Job` names everything a run depends on, so the same job can be given to DeepSpeed with GRASS, to DeepSpeed without,
-and to `tests/reference.py`. Nothing here reads a private name of the package.
+Contract: `Job` names everything a run depends on, so the same job can be given to DeepSpeed with GRASS, to DeepSpeed
+without, and to `tests/reference.py`. Nothing here reads a private name of the package.
 Not covered: assertions; the cases make them.
 """
 
@@ -44,6 +44,8 @@ class Job:
     optimizer_block: bool = True
     rows: int = 2
     length: int = 8
+    alternate: bool = False
+    """First tokens are even, then odd, step by step and on all ranks alike (see `models.Stack`)."""
 
     @property
     def lr(self) -> float:
@@ -76,9 +78,13 @@ class Job:
 
     def data(self, step: int, context: Context) -> list[list[Tensor]]:
         """Return this step's tokens of every rank as `data[rank][micro_batch]`."""
-        return models.step_data(
+        data = models.step_data(
             step, ranks=context.world_size, accumulation=self.accumulation, rows=self.rows, length=self.length
         )
+        if self.alternate:
+            for batch in (batch for micros in data for batch in micros):
+                batch[0, 0] = int(batch[0, 0]) // 2 * 2 + step % 2
+        return data
 
 
 GRASS = {

@@ -1,8 +1,8 @@
 """The list of distributed cases: a decorator, products of factors, and which cells of a product the quick run takes.
 
-Contract: a case is a function `case(ctx, **cell)` that runs on every rank of a group and raises when its promise is broken;
-what it returns (JSON-able) is kept per rank. Modules named `cases_*.py` in this folder hold them and import DeepSpeed only
-inside functions, so that collecting costs nothing. Not covered: running them (harness.py).
+Contract: a case is a function `case(ctx, **cell)` that runs on every rank of a group and raises when its promise is
+broken; what it returns (JSON-able) is kept per rank. Modules named `cases_*.py` in this folder hold them and import
+DeepSpeed only inside functions, so that collecting costs nothing. Not covered: running them (harness.py).
 """
 
 from __future__ import annotations
