@@ -1,10 +1,10 @@
 """Bytes really held on the device, seen from below the package: everything that says "measured" in the tests uses this.
 
 Contract: on CUDA these are PyTorch's own counters. On a machine without CUDA the CPU is the device, and a counting
-allocator (`counting_allocator.cpp`, compiled once in a second or so) sees every tensor of every thread, whoever made
-it: a whole-model allocation by anybody raises the peak. The package's host memory is mapped by `mmap`, does not come from
-the allocator, and so counts as host here as it does on CUDA. `torch.profiler` memory events were the alternative; they
-miss other threads and cannot be read while something runs.
+allocator (`counting_allocator.cpp`, compiled once in a second or so) sees every tensor of every thread, whoever
+made it: a whole-model allocation by anybody raises the peak. The package's host memory is mapped by `mmap`, does
+not come from the allocator, and so counts as host here as it does on CUDA. `torch.profiler` memory events were the
+alternative; they miss other threads and cannot be read while something runs.
 Not covered: memory that is not a tensor's (libraries' scratch space, Python objects).
 """
 
