@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -13,33 +12,9 @@ from ds_grass.config import GrassConfig
 from ds_grass.controller import MAX_SKIPPED_IN_A_ROW, PROBE, TRAIN, Controller, Transition
 from ds_grass.policies import POLICIES
 from ds_grass.sampler import probabilities
+from tests.controllers import make, noise, norms, snapshot
 
 PERIODS = [(5, 5), (5, 10), (3, 12), (5, None), (None, None), (1, 1)]
-
-
-def make(
-    num_blocks: int = 3, *, accumulation: int = 1, numels: list[int] | None = None, **keys: Any
-) -> Controller:
-    """A controller of blocks with one parameter each, so that importance is the root of the squared norm."""
-    if "sampling_period" in keys:
-        keys.setdefault("refresh_period", keys["sampling_period"])
-    return Controller(GrassConfig(**keys), numels or [1] * num_blocks, accumulation_steps=accumulation)
-
-
-def norms(*rms: float) -> dict[int, float]:
-    """Squared norms of blocks 0, 1, ... whose importance in this step is `rms`."""
-    return {block: value * value for block, value in enumerate(rms)}
-
-
-def noise(values: random.Random, num_blocks: int) -> dict[int, float] | None:
-    """Squared norms of a step, or None for one in eight that is skipped."""
-    return None if values.random() < 0.125 else norms(*(values.random() for _ in range(num_blocks)))
-
-
-def snapshot(controller: Controller) -> dict[str, Any]:
-    state = controller.state_dict()
-    return {**state, "sampler": {**state["sampler"], "generator": state["sampler"]["generator"].tolist()}}
-
 
 # A walk through the whole machine. top_k is used because its draws can be worked out by hand: 3 blocks, 1
 # active, probe 2, draw every 2, refresh every 4 with weight 1/2. Columns: norms given; then, after the step:
