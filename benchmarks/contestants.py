@@ -103,6 +103,9 @@ def build_engine(
 ) -> Contestant:
     import deepspeed
 
+    if grass is not None:
+        import ds_grass  # noqa: F401  puts the hook in place where the entry point is not installed
+
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch,
         "gradient_clipping": CLIP,

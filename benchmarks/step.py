@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -134,32 +135,32 @@ def batches(settings: Namespace, count: int) -> list[torch.Tensor]:
 # -- seconds --------------------------------------------------------------------------------------------------------
 
 
-def time_steps(chosen: list[str], settings: Namespace) -> dict[str, dict[str, Any]]:
+def time_steps(chosen: list[str], settings: Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of every timed step, and of the package's own calls in them, by contestant."""
     group = [contestants.build(name, settings) for name in chosen]
     data = batches(settings, settings.warm_up + settings.steps)
     for batch in data[: settings.warm_up]:
         for contestant in group:
             contestant.step(batch)
-    own_before = [contestant.own_seconds() for contestant in group]
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for turn, batch in enumerate(data[settings.warm_up :]):
-        for offset in range(len(group)):  # each follows each other one equally often
-            contestant = group[(turn + offset) % len(group)]
-            seconds[contestant.name].append(seconds_of(contestant, batch, settings))
-    own = [c.own_seconds() - before for c, before in zip(group, own_before, strict=True)]
-    return {
-        name: {"seconds": seconds[name], "own_seconds": spent}
-        for name, spent in zip(chosen, own, strict=True)
-    }
+    timings: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "own_seconds": []} for name in chosen}
+    order = random.Random(0)
+    for batch in data[settings.warm_up :]:
+        for contestant in order.sample(group, len(group)):  # nobody always follows the same one's caches
+            seconds, own_seconds = time_step(contestant, batch, settings)
+            timings[contestant.name]["seconds"].append(seconds)
+            timings[contestant.name]["own_seconds"].append(own_seconds)
+    return timings
 
 
-def seconds_of(contestant: contestants.Contestant, batch: torch.Tensor, settings: Namespace) -> float:
+def time_step(
+    contestant: contestants.Contestant, batch: torch.Tensor, settings: Namespace
+) -> tuple[float, float]:
+    own_before = contestant.own_seconds()
     synchronize(settings)
     begin = time.perf_counter()
     contestant.step(batch)
     synchronize(settings)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, contestant.own_seconds() - own_before
 
 
 def synchronize(settings: Namespace) -> None:
@@ -178,7 +179,8 @@ def summary(timing: dict[str, Any], plain: dict[str, Any] | None, settings: Name
         "timed_steps": len(timing["seconds"]),
         "tokens_per_second": settings.batch * settings.sequence / median,
         "ratio_to_plain": median / statistics.median(plain["seconds"]) if plain else None,
-        "own_share": timing["own_seconds"] / len(timing["seconds"]) / median,
+        "own_share": statistics.median(timing["own_seconds"]) / median,
+        "own_share_with_switches": statistics.fmean(timing["own_seconds"]) / median,
     }
 
 

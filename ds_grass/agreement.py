@@ -116,6 +116,14 @@ def post_failure(store: Store, rank: int, world_size: int, error: Exception, nam
         return
 
 
+def ranks_on_node() -> int | None:
+    """Processes of this job on this host, as the launcher says: torchrun and DeepSpeed name it differently."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return None
+
+
 def facts_of(config: Any, layout: Any, **others: Any) -> dict[str, Any]:
     """What must be equal on all ranks: versions, the keys of the block but ``grass.log``, the layout.
 
@@ -163,7 +171,7 @@ class _Board:
     name: str
 
     def post(self, facts: Mapping[str, Any]) -> None:
-        place = {name: os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        place = {"LOCAL_RANK": os.environ.get("LOCAL_RANK"), "LOCAL_WORLD_SIZE": ranks_on_node()}
         post = {"host": _host(), "place": place, "facts": dict(facts)}
         self.store.set(self._key(self.rank), json.dumps(post, default=str))
 

@@ -110,11 +110,22 @@ def _leads_to_embeddings_only(value: Tensor) -> bool:
         if node in seen:
             continue
         seen.add(node)
+        if _hides_parameters(node):
+            return False
         leaf = getattr(node, "variable", None)
         if (leaf is not None and not hasattr(leaf, _MARK)) or len(seen) > _MAX_NODES:
             return False
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
     return True
+
+
+def _hides_parameters(node: object) -> bool:
+    """A function written in Python, such as a reentrant checkpoint, may use parameters that its graph does not show.
+
+    Those with which ZeRO-3 gathers parameters only pass tensors on.
+    """
+    forward = getattr(type(node), "_forward_cls", None)
+    return forward is not None and not forward.__module__.startswith("deepspeed.runtime.zero")
 
 
 def _trains(module: nn.Module) -> bool:

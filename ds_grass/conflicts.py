@@ -97,7 +97,20 @@ _SHARDS = "grass needs gradients and weights sharded over all ranks in their own
 _PRECISION = "grass sets the precision of master weights and moments by its own keys"
 _ADAM = "grass updates blocks by the rule of Adam or AdamW"
 
+
+def autocasts(ds_config: DsConfig, config: GrassConfig) -> bool:
+    value = _value(ds_config, "torch_autocast.enabled")
+    return value is not None and is_on(value)
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "torch_autocast.dtype",
+        one_of("float16", "fp16", "half", "torch.float16"),
+        "grass does not drive its gradient scaler",
+        'use "bfloat16", or fp16.enabled',
+        when=autocasts,
+    ),
     # where states and parameters live
     Rule("zero_optimization.stage", none_of("0", "1", "2", "3"), "ZeRO ends at 3", "use 0, 1, 2 or 3"),
     Rule(
@@ -137,7 +150,7 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.elastic_checkpoint",
         is_on,
         "its files have no place for blocks that were never drawn",
-        'set it to false, and resume with as many ranks as saved',
+        "set it to false, and resume with as many ranks as saved",
         when=below_stage_3,
     ),
     Rule("sparse_gradients", is_on, "grass reduces gradients dense", 'remove "sparse_gradients"'),

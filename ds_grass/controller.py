@@ -119,14 +119,14 @@ class Controller:
         """Whether `advance` will use the norms of the step now running; if not, an empty mapping will do."""
         return self.phase == PROBE or (self.policy.refreshes and self.config.refresh_period is not None)
 
-    def advance(self, squared_norms: Mapping[int, float] | None) -> Transition:
+    def advance(self, squared_norms: Mapping[int, float] | None, *, may_end: bool = True) -> Transition:
         """Close one optimizer step.
 
         `squared_norms`: `||g||^2` by block index, of every active block; None if the step was skipped: that
-        is counted and does nothing else, but the twentieth in a row raises RuntimeError.
+        is counted and does nothing else, but the twentieth in a row raises RuntimeError, unless not `may_end`.
         """
         if squared_norms is None:
-            self._count_skip()
+            self._count_skip(may_end)
             return Transition(self.phase)
         self.counters["skipped_in_a_row"] = 0
         return self._probe_step(squared_norms) if self.phase == PROBE else self._train_step(squared_norms)
@@ -196,10 +196,10 @@ class Controller:
             self.visits[block] += 1
         self.active, self.probabilities = draw.active, draw.probabilities
 
-    def _count_skip(self) -> None:
+    def _count_skip(self, may_end: bool) -> None:
         self.counters["skipped_steps"] += 1
         self.counters["skipped_in_a_row"] += 1
-        if self.counters["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+        if may_end and self.counters["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"{MAX_SKIPPED_IN_A_ROW} optimizer steps in a row had non-finite gradients and were skipped; "
                 "lower the learning rate, look for bad samples, or with fp16 start from a lower loss scale"
@@ -239,7 +239,7 @@ class Controller:
         Temperature, ema, exploration and the periods are those of the present config. If that has fewer probe
         steps than were already made, training begins at once.
         """
-        self._check_state(state)
+        self.check_state(state)
         window = Window(self.num_blocks)
         window.load_state_dict(state["window"])
         self._sampler.load_state_dict(state["sampler"])
@@ -255,7 +255,8 @@ class Controller:
         if self.phase == PROBE and self.counters["probe_steps"] >= self.probe_steps:
             self._begin_training()
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for a state that cannot be continued; nothing is changed."""
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise ValueError(f"the checkpoint's GRASS state lacks {missing}; use a checkpoint that is whole")

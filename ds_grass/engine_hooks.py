@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +170,9 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
         config_class.zero_enabled = True
     config_class.zero_allow_untested_optimizer = True  # the class was checked by name
     for _, param in plan.layout.frozen_outer:
-        param.requires_grad_(False)  # grass.outer holds it still; DeepSpeed then treats it as any frozen parameter
+        param.requires_grad_(
+            False
+        )  # grass.outer holds it still; DeepSpeed then treats it as any frozen parameter
     original = module.DeepSpeedEngine._configure_zero_optimizer
 
     def configure(optimizer: Any) -> Any:
@@ -207,6 +208,7 @@ def _our_optimizers(module: ModuleType, job: Any) -> Iterator[None]:
 
 def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
     """Everything resolved, and one line that says it."""
+    from ds_grass import agreement
     from ds_grass.adam import check_optimizer
     from ds_grass.backward_cut import BackwardCut
     from ds_grass.controller import Controller
@@ -232,7 +234,7 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
             bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt
         ),
         frees_in_probe=accumulation == 1,
-        ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks_on_node=agreement.ranks_on_node() or 1,
         stage=plan.stage,
         num_steps=_num_steps(engine._config._param_dict),
         on_switch=cut.on_switch,

@@ -358,7 +358,7 @@ def _always_trained(outer: str | Sequence[str], outside: _Named, blocks: list[Bl
     if outer in ("always", "never"):
         return everything if outer == "always" else set()
     if isinstance(outer, str):
-        raise ValueError(f"grass.outer is '{outer}'; use \"always\", \"never\" or a list of module paths")
+        raise ValueError(f'grass.outer is \'{outer}\'; use "always", "never" or a list of module paths')
     objects = {**known.modules, **dict(known.root.named_parameters(remove_duplicate=False))}
     in_blocks = {id(part) for b in blocks for part in (*b.module.modules(), *b.module.parameters())}
     always: set[int] = set()

@@ -111,7 +111,7 @@ def pretrain(output: Path, options: argparse.Namespace) -> Run:
 def fine_tune(output: Path, method: Method, options: argparse.Namespace) -> Run:
     arguments = ["--dataset", "python-code", "--model", str(output / "pretrained")]
     arguments += ["--max-steps", str(options.steps), "--learning-rate", str(method.learning_rate)]
-    arguments += ["--eval-steps", str(max(1, options.steps // 8)), "--seed", str(options.seed)]
+    arguments += ["--eval-steps", str(SAVE_STEPS), "--seed", str(options.seed)]
     return run_script(output, method, [*arguments, *method.arguments])
 
 

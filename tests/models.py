@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 VOCAB = 128
+HEADS = 2
 
 
 def llama(*, tied: bool = False, layers: int = 4, hidden: int = 32, seed: int = 0) -> nn.Module:
@@ -24,9 +25,11 @@ def llama(*, tied: bool = False, layers: int = 4, hidden: int = 32, seed: int = 
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=64,
+        # powers of 2, the same in every dtype: releases of DeepSpeed differ in whether they cast buffers
+        rope_parameters={"rope_type": "default", "rope_theta": 2.0 ** (hidden // HEADS // 2)},
         tie_word_embeddings=tied,
         attn_implementation="eager",
         use_cache=False,

@@ -60,7 +60,7 @@ class Reference:
         wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in self.params.items()}
         self.masters = {n: p.detach().to(wide[n], copy=True).requires_grad_() for n, p in self.params.items()}
         inside = {n for names in self.blocks for n in names}
-        self.units = {i: list(names) for i, names in enumerate(self.blocks)}
+        self.units = {i: [n for n in names if n in self.params] for i, names in enumerate(self.blocks)}
         self.units[-1] = [n for n in self.params if n not in inside]
         self.optimizers = {i: self._adamw(names) for i, names in self.units.items()}
 

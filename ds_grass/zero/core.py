@@ -95,6 +95,7 @@ class GrassCore:
         self.own_time = OwnTime()
         self._squares: dict[int, Tensor] = {}
         self._frees_in_probe = job.frees_in_probe
+        self._measured_twice = False
         self._mode_is_open = job.config.states.mode is None
         self._ordered = reduction_order(units)
         reducer.on_reduced = self._on_reduced
@@ -124,10 +125,13 @@ class GrassCore:
         return [unit.key for unit in self._ordered if unit.block is None or unit.block in largest]
 
     def device_bytes(self, keys: Sequence[int]) -> int:
-        """Bytes on this rank's device for states and gradient shards of these units, and one unit in flight."""
+        """Bytes on this rank's device for states and gradient shards of these units, and what is in flight."""
         layouts, sums = self.reducer.layouts, self.reducer.averaging.sum_dtype.itemsize
         gradients = sum(layouts[key].shard_numel * sums for key in keys)
-        in_flight = max(layouts[key].numel for key in keys) * self.reducer.averaging.wire_dtype.itemsize
+        # The head's gradients come first and the embedding's last, so outer is in flight during all of backward.
+        blocks = [layouts[key].numel for key in keys if self.units[key].block is not None]
+        outer = sum(layouts[key].numel for key in keys if self.units[key].block is None)
+        in_flight = (max(blocks) + outer) * self.reducer.averaging.wire_dtype.itemsize
         return self.store.device_bytes_planned(keys) + gradients + in_flight
 
     def switch(self) -> None:
@@ -146,8 +150,11 @@ class GrassCore:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, loss_scale: float) -> StepResult:
-        """One optimizer step over reduced gradients that are `loss_scale` times too large."""
+    def step(self, loss_scale: float, *, scale_may_fall: bool = False) -> StepResult:
+        """One optimizer step over reduced gradients that are `loss_scale` times too large.
+
+        `scale_may_fall`: a dynamic scaler is still above its floor, so that any number of skips is ordinary.
+        """
         with self.own_time:
             squares = self._global_squares()
         if squares is None:
@@ -157,7 +164,7 @@ class GrassCore:
         keys = self.reducer.order
         total = math.fsum(squares.values())
         if not math.isfinite(total):
-            return self._skip(squares)
+            return self._skip(squares, scale_may_fall)
         norm = math.sqrt(total) / loss_scale
         probing = self.probing
         if not probing:
@@ -226,7 +233,7 @@ class GrassCore:
         if transition.drew or transition.refreshed:
             self.log_state("refresh" if not transition.drew else "draw")
 
-    def _skip(self, squares: Mapping[int, float]) -> StepResult:
+    def _skip(self, squares: Mapping[int, float], scale_may_fall: bool) -> StepResult:
         """A non-finite norm: no rank steps, nothing is recorded, nothing switches."""
         names = sorted({self.units[key].name for key, value in squares.items() if not math.isfinite(value)})
         counters = self.controller.counters
@@ -236,7 +243,7 @@ class GrassCore:
         self.job.log.write("skipped", step=counters["applied_steps"], blocks=names)
         self.reducer.clear()
         self._squares.clear()
-        self.controller.advance(None)
+        self.controller.advance(None, may_end=not scale_may_fall)
         return StepResult(applied=False, finite=False, grad_norm=math.inf)
 
     # -- norms ------------------------------------------------------------------------------------------------------
@@ -247,6 +254,7 @@ class GrassCore:
             self.store.prefetch(self.reducer.order)
         elif self._frees_in_probe and self.job.at_boundary():
             with self.own_time:
+                self._measured_twice |= key in self._squares  # a second backward of one step: parts of a sum
                 self._squares[key] = self._square(key)
                 del self.reducer.shards[key]
 
@@ -262,6 +270,9 @@ class GrassCore:
         None, on all ranks alike, when a gradient came after a probed unit had been measured and freed: the probe step
         is repeated, and gradients are kept until the boundary from then on.
         """
+        if self._measured_twice:
+            self._measured_twice = self._frees_in_probe = False
+            return None
         keys = self.reducer.order
         while True:
             late = set(self.reducer.late_units)

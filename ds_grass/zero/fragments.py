@@ -83,6 +83,7 @@ def link(
         start, stop = layout.owned(index)
         param._index_in_param_group = index
         param._dp_group = group
+        param._grass_gradients = (unit.key, reducer)
         param._hp_mapping = None
         if start < stop:
             in_param = start + first - layout.offsets[index]
@@ -114,11 +115,17 @@ def _get_full(param: Parameter, optim_state_key: str | None = None) -> Tensor:
 
 
 def _set_full(param: Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
+    if optim_state_key is None:
+        param.data.copy_(value.view(param.shape))  # every rank holds the whole weight and must see the same
     if param._hp_mapping is not None:
         param._hp_mapping.set_hp_fragment(_part(param, value), optim_state_key)
 
 
-def _get_full_grad(param: Parameter) -> Tensor:
+def _get_full_grad(param: Parameter) -> Tensor | None:
+    """None, on all ranks alike, where there is no gradient: the block rests, or its probed gradient was freed."""
+    key, reducer = param._grass_gradients
+    if key not in reducer.shards:
+        return None
     mapping = param._hp_mapping
     return _assemble(
         param, mapping.get_lp_grad_fragment(param._index_in_param_group) if mapping is not None else None

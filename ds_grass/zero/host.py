@@ -39,12 +39,17 @@ class HostOptimizer:
         if closure is not None:
             raise ValueError("grass: optimizer.step(closure) cannot be used with ZeRO; call engine.step()")
         self._before_step()
-        result = self.core.step(self.loss_scale)
+        result = self.core.step(self.loss_scale, scale_may_fall=self._scale_may_fall())
         self._finish_update()
         self.overflow = not result.applied
         self._global_grad_norm = result.grad_norm
         self.loss_scaler.update_scale(not result.finite)
         self._after_step(result.applied)
+
+    def _scale_may_fall(self) -> bool:
+        return self.loss_scaler.dynamic and self.loss_scaler.cur_scale > getattr(
+            self.loss_scaler, "min_scale", 1.0
+        )
 
     def _before_step(self) -> None:
         """Hook of stage 3."""
@@ -155,6 +160,14 @@ class HostOptimizer:
         self.core.controller.load_state_dict(state["controller"])
         self.core.reducer.counters.update(state["counters"])
         self.core.switch()
+
+    def _check_controller(self, state: Mapping) -> None:
+        """Before anything changes; the engine froze nothing back when a load raises."""
+        try:
+            self.core.controller.check_state(state["controller"])
+        except ValueError:
+            self._freeze_again()
+            raise
 
     def _restore_loss_scale(self, state: Mapping) -> None:
         self.loss_scaler = state.get("loss_scaler", self.loss_scaler)

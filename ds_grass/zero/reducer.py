@@ -225,7 +225,8 @@ class GradientReducer:
     def _reduce(self, key: int, buffer: Tensor) -> Tensor:
         how, numel = self.averaging, self.layouts[key].shard_numel
         if how.world_size == 1:
-            return buffer if how.before == 1.0 else buffer.div_(how.before)
+            scale = how.after / how.before
+            return buffer if scale == 1.0 else buffer.mul_(scale)
         buffer = buffer.to(how.wire_dtype)
         if how.before != 1.0:
             buffer.div_(how.before)

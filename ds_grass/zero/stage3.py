@@ -158,6 +158,16 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         finally:
             param.requires_grad_(before)
 
+    def _has_gradient(self, param: Parameter) -> bool:
+        unit = self._unit_of.get(id(param))
+        return unit is not None and unit[0] in self.core.reducer.shards
+
+    def get_fp32_grad_for_param(self, param) -> Tensor | None:
+        return super().get_fp32_grad_for_param(param) if self._has_gradient(param) else None
+
+    def get_local_fp32_grad_for_param(self, param) -> Tensor | None:
+        return super().get_local_fp32_grad_for_param(param) if self._has_gradient(param) else None
+
     def get_full_hp_param(self, param, optim_state_key=None) -> Tensor | None:
         if id(param) not in self._unit_of:
             return None
@@ -227,6 +237,8 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
                 f"{self.partition_count}; use as many ranks as saved it"
             )
         masters = state["fp32_flat_groups"]
+        if load_optimizer_states:
+            self._check_controller(grass)
         self._restore_loss_scale(state)
         for unit in self.units:
             self.shards[unit.key].copy_(masters[unit.key])

@@ -216,6 +216,8 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
                 f"{dist.get_world_size(self.dp_process_group)}; use as many ranks as saved it"
             )
         masters = state["single_partition_of_fp32_groups"]
+        if load_optimizer_states:
+            self._check_controller(grass)
         self._restore_loss_scale(state)
         if not load_optimizer_states:
             self.refresh_fp32_params()

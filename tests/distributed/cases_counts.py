@@ -36,13 +36,14 @@ def units_and_bytes_are_counted_as_scheduled(
             jobs.train_step(engine, job, ctx, number)
         counters = dict(jobs.controller(engine).counters)
         visits = list(jobs.controller(engine).visits)
-        names = jobs.block_names(engine.module, job)
-        numel = {n: getattr(p, "ds_numel", p.numel()) for n, p in engine.module.named_parameters()}
     assert counters["applied_steps"] == 4 * PERIOD
     assert visits == [3, 3, 2, 2], visits  # two blocks at a time; the fifth draw is that of the coming step
     dist.barrier()
     if ctx.rank != 0:
         return {}
+    model = job.build()
+    names = jobs.block_names(model, job)
+    numel = {n: p.numel() for n, p in model.named_parameters()}
     element_bytes = 8 if dtype == "fp32" else 12
     pair_bytes = element_bytes * sum(numel[n] for n in names[0] + names[1]) // ctx.world_size
     outer_bytes = element_bytes * sum(numel.values()) // ctx.world_size - 2 * pair_bytes

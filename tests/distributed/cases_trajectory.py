@@ -73,6 +73,16 @@ def assert_only_active_changed(
 
 
 @case(
+    ranks=(3,),
+    strength=1,
+    stage=STAGES,
+    dtype=("fp32", "bf16"),
+    accumulation=(1, 3),
+    mode=("resident",),
+    model=("tied",),
+    slow=True,
+)
+@case(
     ranks=(1, 2),
     stage=STAGES,
     dtype=("fp32", "bf16"),

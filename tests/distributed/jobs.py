@@ -199,10 +199,10 @@ def moments(engine: Any, key: str) -> dict[str, Tensor]:
 
 
 def block_names(model: torch.nn.Module, job: Job) -> list[list[str]]:
-    """Return the parameter names of every block of `model`."""
+    """Return the parameter names of every block of `model`, trainable now or not."""
     path = BLOCK_LISTS[job.model]
     count = len(model.get_submodule(path))
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    names = [n for n, _ in model.named_parameters()]
     return [[n for n in names if n.startswith(f"{path}.{i}.")] for i in range(count)]
 
 

@@ -76,7 +76,7 @@ def case(
         quick = covering(product, strength)
         for values in itertools.product(*product.values()):
             cell = dict(zip(names, values, strict=True))
-            label = "-".join(f"{name}={value}" for name, value in cell.items())
+            label = "-".join(f"{name}={_label(value)}" for name, value in cell.items())
             kwargs = {name: value for name, value in cell.items() if name != "ranks"}
             CASES.append(
                 Case(
@@ -93,6 +93,12 @@ def case(
         return function
 
     return register
+
+
+def _label(value: Any) -> str:
+    """Return a short name for a value; long ones are told apart by their length."""
+    text = str(value).replace(" ", "")
+    return text if len(text) <= 20 else f"{len(value)}of"
 
 
 def load_cases() -> list[Case]:

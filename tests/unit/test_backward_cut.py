@@ -159,3 +159,11 @@ def test_remove_takes_all_hooks_off():
     model = Net(Block)
     trained(model, [1]).remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_parameters_hidden_in_a_reentrant_checkpoint_upstream_keep_their_gradient():
+    model, front = Net(Block), nn.Linear(4, 4)
+    require_input_grads(model)
+    trained(model, [3])
+    model(embeds=checkpoint(front, model.embed(IDS), use_reentrant=True)).backward()
+    assert front.weight.grad is not None

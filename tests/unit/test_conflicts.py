@@ -61,6 +61,7 @@ CONFLICTS = [
     ("optimizer.params.amsgrad", True, {"optimizer": {"type": "AdamW"}}, {}),
     ("optimizer.params.bias_correction", False, {"optimizer": {"type": "AdamW"}}, {}),
     ("fp16.enabled", True, {}, NO_MASTERS),
+    ("torch_autocast.dtype", "float16", {"torch_autocast": {"enabled": True}}, {}),
     ("fp16.fp16_master_weights_and_grads", True, {}, {}),
     ("bf16.bf16_master_weights_and_grads", True, {}, {}),
     ("bf16.bf16_optimizer_states", True, {}, {}),
@@ -200,3 +201,7 @@ def deepspeed_defaults(stage: int) -> dict:
         "gradient_clipping": parsed.gradient_clipping,
         "optimizer": {"type": parsed.optimizer_name, "params": parsed.optimizer_params},
     }
+
+
+def test_fp16_autocast_is_refused_only_where_it_is_on():
+    check({"torch_autocast": {"enabled": False, "dtype": "float16"}}, GrassConfig())
