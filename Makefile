@@ -22,6 +22,8 @@ SOURCES := setup.py $(wildcard csrc/*)
 # ninja and the deepspeed launcher are looked up on the PATH
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
+# DeepSpeed compiles some of its kernels when they are first used; those of another version must not be found then.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export GRASS_BUILD_NATIVE
 
 .DEFAULT_GOAL := help

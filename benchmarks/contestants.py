@@ -39,7 +39,10 @@ class Contestant:
     name: str
     model: nn.Module
     step: Callable[[Tensor], None]
-    own_seconds: Callable[[], float] = field(default=lambda: 0.0)
+    measuring_seconds: Callable[[], float] = field(default=lambda: 0.0)
+    """Spent so far on norms, importance and draws."""
+    switching_seconds: Callable[[], float] = field(default=lambda: 0.0)
+    """Spent so far on exchanging the active set."""
     """Host time inside this package's measuring and deciding so far."""
     host_bytes: Callable[[], int] = field(default=lambda: 0)
     """Host memory of optimizer states."""
@@ -127,7 +130,8 @@ def build_engine(
     contestant = Contestant(name, engine, step)
     if grass is not None:
         core = engine.optimizer.core
-        contestant.own_seconds = lambda: core.own_time.seconds
+        contestant.measuring_seconds = lambda: core.measuring_time.seconds
+        contestant.switching_seconds = lambda: core.switch_time.seconds
         contestant.host_bytes = lambda: core.store.counters["host_bytes"]
     return contestant
 

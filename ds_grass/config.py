@@ -236,6 +236,11 @@ class GrassConfig(_Block):
                 f'grass.probe_steps is {probe} but grass.policy is "{self.policy}", which measures nothing; '
                 'allowed: null or 0; write "probe_steps": null'
             )
+        if probe == 0 and self.measures and (refresh is None or self.policy == "static"):
+            raise ValueError(
+                f'grass.probe_steps is 0 and nothing is refreshed, so policy "{self.policy}" would never learn what a '
+                'layer matters; allowed: null or at least 1; write "probe_steps": null'
+            )
         return self
 
 

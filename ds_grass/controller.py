@@ -15,6 +15,7 @@ Paper: arXiv 2604.07808, the probing and the adaptive phase. Not here: moving st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ class Controller:
         self.trained_steps = [0] * len(numels)  # applied steps in which the block was active
         self.counters = dict.fromkeys(_COUNTERS, 0)
         self._measure = measure
-        self._probe_in_turn = accumulation_steps > 1
+        self._accumulates = accumulation_steps > 1
+        self._found_parts = False
         self._window = Window(len(numels))
         self._sampler = Sampler(
             self.policy, config.active_layers, config.temperature, config.exploration, config.seed
@@ -113,6 +115,11 @@ class Controller:
     def effective_blocks(self) -> float | None:
         """exp of the entropy of `probabilities`: 1 = always the same block first, L = uniform."""
         return effective_blocks(self.probabilities) if self.probabilities else None
+
+    @property
+    def probes_in_turns(self) -> bool:
+        """Whether a probe step measures as many blocks as train at once, not all of them."""
+        return self._accumulates or self._found_parts
 
     @property
     def needs_norms(self) -> bool:
@@ -165,9 +172,17 @@ class Controller:
         The norm of a sum over micro-batches needs the sum, and holding that for all blocks is what GRASS
         avoids: with accumulation the blocks take turns, no more at a time than train at a time.
         """
-        if not self._probe_in_turn:
+        if not self.probes_in_turns:
             return tuple(range(self.num_blocks))
         return turn(self.counters["probe_steps"], self.config.active_layers, self.num_blocks)
+
+    def probe_in_turns(self) -> None:
+        """Gradients come in parts: probe no more blocks a step than train at once, in as many steps as that takes."""
+        if self.phase == PROBE and not self.probes_in_turns:
+            self._found_parts = True
+            enough = math.ceil(self.num_blocks / self.config.active_layers)
+            self.probe_steps = max(self.probe_steps, self.counters["probe_steps"] + enough)
+            self.active = self._probe_turn()
 
     def _begin_training(self) -> None:
         self.phase = TRAIN
@@ -229,6 +244,8 @@ class Controller:
             "visits": list(self.visits),
             "trained_steps": list(self.trained_steps),
             "counters": dict(self.counters),
+            "found_parts": self._found_parts,
+            "probe_steps": self.probe_steps,
             "window": self._window.state_dict(),
             "sampler": self._sampler.state_dict(),
         }
@@ -250,6 +267,9 @@ class Controller:
         self.visits = list(state["visits"])
         self.trained_steps = list(state["trained_steps"])
         self.counters = dict(state["counters"])
+        self._found_parts = bool(state["found_parts"])
+        if self._found_parts:
+            self.probe_steps = max(self.probe_steps, int(state["probe_steps"]))
         # While probing the turn follows from the counter: accumulation may differ from that of the saved run.
         self.active = self._probe_turn() if self.phase == PROBE else tuple(state["active"])
         if self.phase == PROBE and self.counters["probe_steps"] >= self.probe_steps:

@@ -233,7 +233,6 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
         at_boundary=lambda: (
             bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt
         ),
-        frees_in_probe=accumulation == 1,
         ranks_on_node=agreement.ranks_on_node() or 1,
         stage=plan.stage,
         num_steps=_num_steps(engine._config._param_dict),

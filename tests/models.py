@@ -56,7 +56,8 @@ class Stack(nn.Module):
     """Embedding, a list of blocks, a head tied to the embedding.
 
     A batch whose first token is odd jumps over block `skipped`, which therefore gets no gradient on that rank, and uses
-    all of block `partly` but its `shift`. `checkpoint` is None, "reentrant" or "non_reentrant".
+    all of block `partly` but its `shift`. `checkpoint` is None, "reentrant" or "non_reentrant". The blocks are walked
+    through `rounds` times, so that reentrant checkpoints hand over each gradient in as many parts.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Stack(nn.Module):
         skipped: int | None,
         partly: int | None,
         checkpoint: str | None,
+        rounds: int,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, dim)
@@ -76,12 +78,12 @@ class Stack(nn.Module):
         self.head = nn.Linear(dim, VOCAB, bias=False)
         if tied:
             self.head.weight = self.embed.weight
-        self.skipped, self.partly, self.checkpoint = skipped, partly, checkpoint
+        self.skipped, self.partly, self.checkpoint, self.rounds = skipped, partly, checkpoint, rounds
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(input_ids)
         odd = bool(input_ids[0, 0] % 2)
-        for index, block in enumerate(self.blocks):
+        for index, block in [*enumerate(self.blocks)] * self.rounds:
             if index == self.skipped and odd:
                 continue
             x = self._run(block, x, not (index == self.partly and odd))
@@ -101,11 +103,12 @@ def stack(
     skipped: int | None = None,
     partly: int | None = None,
     checkpoint: str | None = None,
+    rounds: int = 1,
     seed: int = 0,
 ) -> Stack:
     """Return a `Stack` initialised from `seed`."""
     torch.manual_seed(seed)
-    return Stack(dim, layers, tied=tied, skipped=skipped, partly=partly, checkpoint=checkpoint)
+    return Stack(dim, layers, tied=tied, skipped=skipped, partly=partly, checkpoint=checkpoint, rounds=rounds)
 
 
 BUILDERS = {"llama": llama, "stack": stack}

@@ -45,8 +45,6 @@ class Job:
     log: GrassLog
     at_boundary: Callable[[], bool]
     """True while the micro-batch that completes an optimizer step is running."""
-    frees_in_probe: bool
-    """Whether a probed gradient may be freed as soon as it is reduced (no accumulation)."""
     ranks_on_node: int
     """Processes that share this host's memory."""
     stage: int
@@ -92,9 +90,9 @@ class GrassCore:
         self.weights, self.publish = weights, publish
         self.norm_groups, self.norm_ranges, self.shard_start = norm_groups, norm_ranges, shard_start
         self.clip_grad = clip_grad
-        self.own_time = OwnTime()
+        self.measuring_time = OwnTime()
+        self.switch_time = OwnTime()
         self._squares: dict[int, Tensor] = {}
-        self._frees_in_probe = job.frees_in_probe
         self._measured_twice = False
         self._mode_is_open = job.config.states.mode is None
         self._ordered = reduction_order(units)
@@ -109,6 +107,11 @@ class GrassCore:
     @property
     def probing(self) -> bool:
         return self.controller.phase == "probe"
+
+    @property
+    def _frees_now(self) -> bool:
+        """Whether a gradient goes as soon as it is reduced and measured."""
+        return self.probing and not self.controller.probes_in_turns
 
     def active_units(self) -> list[Unit]:
         """Units whose gradients are wanted now, in the fixed order. While probing, outer parameters rest."""
@@ -128,21 +131,28 @@ class GrassCore:
         """Bytes on this rank's device for states and gradient shards of these units, and what is in flight."""
         layouts, sums = self.reducer.layouts, self.reducer.averaging.sum_dtype.itemsize
         gradients = sum(layouts[key].shard_numel * sums for key in keys)
-        # The head's gradients come first and the embedding's last, so outer is in flight during all of backward.
-        blocks = [layouts[key].numel for key in keys if self.units[key].block is not None]
-        outer = sum(layouts[key].numel for key in keys if self.units[key].block is None)
-        in_flight = (max(blocks) + outer) * self.reducer.averaging.wire_dtype.itemsize
+        # Head and blocks are in flight one after the other; a tied embedding has gradients from the first to the last.
+        one_by_one = [layouts[key].numel for key in keys if not self._is_last(key)]
+        last = sum(layouts[key].numel for key in keys if self._is_last(key))
+        in_flight = (max(one_by_one) + last) * self.reducer.averaging.wire_dtype.itemsize
         return self.store.device_bytes_planned(keys) + gradients + in_flight
+
+    def _is_last(self, key: int) -> bool:
+        return self.units[key].block is None and not self.units[key].head
 
     def switch(self) -> None:
         """Bring everything in line with the controller: gradients, hooks, states."""
+        with self.switch_time:
+            self._switch()
+
+    def _switch(self) -> None:
         active = self.active_units()
         wanted = {id(param) for unit in active for param in unit.params}
         for unit in self.units.values():
             for param in unit.params:
                 param.requires_grad_(id(param) in wanted)
                 param.grad = None
-        self.reducer.activate(active)
+        self.reducer.activate(active, measured_at_once=self._frees_now)
         self._squares.clear()
         self.store.activate([] if self.probing else [unit.key for unit in active])
         self.job.on_switch(self.controller.active)
@@ -155,12 +165,10 @@ class GrassCore:
 
         `scale_may_fall`: a dynamic scaler is still above its floor, so that any number of skips is ordinary.
         """
-        with self.own_time:
+        with self.measuring_time:
             squares = self._global_squares()
         if squares is None:
-            self.reducer.clear()
-            self._squares.clear()
-            return StepResult(applied=False, finite=True, grad_norm=0.0)
+            return self._repeat_probe_step()
         keys = self.reducer.order
         total = math.fsum(squares.values())
         if not math.isfinite(total):
@@ -173,8 +181,9 @@ class GrassCore:
         self._squares.clear()
         if self._mode_is_open and not probing:
             self._choose_mode()
-        with self.own_time:
-            self._decide({key: value / loss_scale**2 for key, value in squares.items()})
+        with self.measuring_time:
+            transition = self._decide({key: value / loss_scale**2 for key, value in squares.items()})
+        self._follow(transition)
         return StepResult(applied=not probing, finite=True, grad_norm=norm)
 
     def _update(self, keys: Sequence[int], norm: float, loss_scale: float) -> None:
@@ -216,22 +225,29 @@ class GrassCore:
         if resident_fits(self.store, self.largest_active(), self.reducer.device, self.job.ranks_on_node):
             self.store.set_mode("resident")
 
-    def _decide(self, squares: Mapping[int, float]) -> None:
+    def _decide(self, squares: Mapping[int, float]) -> Transition:
         by_block: dict[int, float] = {}
         for key, value in squares.items():
             block = self.units[key].block
             if block is not None:
                 by_block[block] = by_block.get(block, 0.0) + value
         transition = self.controller.advance(by_block)
-        self._follow(transition)
-
-    def _follow(self, transition: Transition) -> None:
         if transition.drew:
             self._verify_draw()
+        return transition
+
+    def _follow(self, transition: Transition) -> None:
         if transition.active_changed or transition.phase_before != self.controller.phase:
             self.switch()
         if transition.drew or transition.refreshed:
             self.log_state("refresh" if not transition.drew else "draw")
+
+    def _repeat_probe_step(self) -> StepResult:
+        """Parts of a norm are no norm: measure again, keeping gradients until the boundary, so a few blocks a step."""
+        self._measured_twice = False
+        self.controller.probe_in_turns()
+        self.switch()
+        return StepResult(applied=False, finite=True, grad_norm=0.0)
 
     def _skip(self, squares: Mapping[int, float], scale_may_fall: bool) -> StepResult:
         """A non-finite norm: no rank steps, nothing is recorded, nothing switches."""
@@ -252,8 +268,8 @@ class GrassCore:
         """A unit's gradients of one micro-batch have been reduced."""
         if not self.probing:
             self.store.prefetch(self.reducer.order)
-        elif self._frees_in_probe and self.job.at_boundary():
-            with self.own_time:
+        elif self._frees_now and self.job.at_boundary():
+            with self.measuring_time:
                 self._measured_twice |= key in self._squares  # a second backward of one step: parts of a sum
                 self._squares[key] = self._square(key)
                 del self.reducer.shards[key]
@@ -267,11 +283,9 @@ class GrassCore:
     def _global_squares(self) -> dict[int, float] | None:
         """Squared norm of every active unit over all ranks, still loss-scaled: one collective, one host read.
 
-        None, on all ranks alike, when a gradient came after a probed unit had been measured and freed: the probe step
-        is repeated, and gradients are kept until the boundary from then on.
+        None, on all ranks alike, when a gradient came after a probed unit had been measured and freed.
         """
         if self._measured_twice:
-            self._measured_twice = self._frees_in_probe = False
             return None
         keys = self.reducer.order
         while True:
@@ -285,8 +299,7 @@ class GrassCore:
             late_anywhere = [key for key, flag in zip(keys, host[len(keys) :], strict=True) if flag > 0]
             if not late_anywhere:
                 return dict(zip(keys, host[: len(keys)], strict=True))
-            if self._squares:
-                self._frees_in_probe = False
+            if self._frees_now:
                 return None
             self.reducer.reduce_late(late_anywhere)
 
@@ -319,5 +332,6 @@ class GrassCore:
             names=[self.job.layout.blocks[block].name for block in self.controller.active],
             states={"mode": self.store.mode, **self.store.counters},
             reduced=dict(self.reducer.counters),
-            own_seconds=round(self.own_time.seconds, 6),
+            measuring_seconds=round(self.measuring_time.seconds, 6),
+            switching_seconds=round(self.switch_time.seconds, 6),
         )

@@ -5,6 +5,9 @@ units in flight ever hold full gradients. A unit is reduced (one reduce-scatter)
 before it in the fixed order are there; what is left when backward ends is flushed, zero-filled where no gradient
 came. So every rank issues the same collectives in the same order, whatever its data leaves unused.
 
+`measured_at_once` (probing): nobody adds to a shard, so a late gradient is noted and let go, and a unit without one is
+passed over as soon as two behind it are complete; else what follows it would pile up, the whole model's gradients.
+
 With `partitioned` (stages 2 and 3) every micro-batch is reduced and its shard added up. Without (stages 0 and 1) full
 buffers add up locally and are reduced at the accumulation boundary.
 
@@ -96,13 +99,15 @@ class GradientReducer:
         self._place: dict[int, tuple[int, int]] = {}
         self._sizes: dict[int, int] = {}
         self._filling: dict[int, _Filling] = {}
-        self._late: dict[int, _Filling] = {}
+        self._late: dict[int, _Filling | None] = {}
         self._launched: set[int] = set()
         self._next = 0
+        self._measured_at_once = False
 
-    def activate(self, units: Sequence[Unit]) -> None:
+    def activate(self, units: Sequence[Unit], *, measured_at_once: bool = False) -> None:
         """Take these units' gradients from now on, reduced in this order. Call between optimizer steps."""
         self.clear()
+        self._measured_at_once = measured_at_once
         self._order = [unit.key for unit in units]
         self._place = {id(param): (unit.key, i) for unit in units for i, param in enumerate(unit.params)}
         self._sizes = {unit.key: len(unit.params) for unit in units}
@@ -136,7 +141,10 @@ class GradientReducer:
             # A reentrant segment ran again after its unit was sent. Whether that happened differs between ranks, so
             # it waits for the boundary, where the ranks tell each other.
             self.counters["late_gradients"] += 1
-            self._store(self._late, key, index, grad)
+            if self._measured_at_once:
+                self._late[key] = None
+            else:
+                self._store(self._late, key, index, grad)
             return
         filling = self._store(self._filling, key, index, grad)
         filling.arrived.add(index)
@@ -169,7 +177,7 @@ class GradientReducer:
         self._launched.clear()
         self._next = 0
 
-    def _store(self, fillings: dict[int, _Filling], key: int, index: int, grad: Tensor) -> _Filling:
+    def _store(self, fillings: dict[int, _Filling | None], key: int, index: int, grad: Tensor) -> _Filling:
         filling = fillings.get(key)
         if filling is None:
             dtype = self.averaging.wire_dtype if self.partitioned else self.averaging.sum_dtype
@@ -183,11 +191,19 @@ class GradientReducer:
             return
         while self._next < len(self._order):
             key = self._order[self._next]
-            filling = self._filling.get(key)
-            if filling is None or len(filling.arrived) < self._sizes[key]:
+            if not self._is_complete(key) and not self._is_passed_over():
                 return
             self._launch(key)
             self._next += 1
+
+    def _is_complete(self, key: int) -> bool:
+        filling = self._filling.get(key)
+        return filling is not None and len(filling.arrived) == self._sizes[key]
+
+    def _is_passed_over(self) -> bool:
+        """Whether backward is through with the next unit, by all signs; `late_units` tells if it was not."""
+        behind = self._order[self._next + 1 :]
+        return self._measured_at_once and sum(map(self._is_complete, behind)) >= 2
 
     def _launch(self, key: int) -> None:
         buffer = self._filled(key, self._filling.pop(key, None))

@@ -188,6 +188,31 @@ def gradient_that_comes_nowhere_in_some_steps_is_zero(
     return _assert_course_with_unused_parts(ctx, job, style)
 
 
+@case(
+    strength=1,
+    ranks=(1, 2),
+    stage=STAGES,
+    checkpoint=("reentrant", "non_reentrant", None),
+    accumulation=(1, 2),
+    style=("engine", "loss"),
+)
+def blocks_that_run_twice_add_up(
+    ctx: Context, stage: int, checkpoint: str | None, accumulation: int, style: str
+) -> dict:
+    """A block walked through twice: reentrant checkpoints hand its gradient over in two parts, the second one late."""
+    twice = {"rounds": 2, "tied": False}
+    bare = jobs.Job(stage=stage, accumulation=accumulation, model="stack", model_options=twice)
+    reference = jobs.reference_of(bare)
+    job = jobs.replace(bare, model_options={**twice, "checkpoint": checkpoint})
+    with jobs.engine_of(job) as engine:
+        for number in range(8):
+            step = jobs.train_step(engine, job, ctx, number, style=style)
+            jobs.follow(reference, job, ctx, number, step)
+        assert reference.applied >= 5
+        masters = jobs.masters(engine)
+    return {"worst": assert_near_the_reference(masters, reference.masters, "fp32")}
+
+
 @case(strength=1, ranks=(1, 2), stage=(0, 1, 2), unused_on=("all", "last"))
 def only_an_unused_block_is_active_hangs_nobody(ctx: Context, stage: int, unused_on: str) -> dict:
     """The one active block has no gradient, on one rank or on all: zero gradients, which still decay the weights."""

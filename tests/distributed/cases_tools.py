@@ -187,6 +187,7 @@ WRONG = {
         "grass.probe_steps",
     ),
     "hybrid engine": ({"hybrid_engine": {"enabled": True}}, "hybrid_engine"),
+    "fp16 autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype"),
 }
 
 

@@ -96,9 +96,10 @@ def case(
 
 
 def _label(value: Any) -> str:
-    """Return a short name for a value; long ones are told apart by their length."""
-    text = str(value).replace(" ", "")
-    return text if len(text) <= 20 else f"{len(value)}of"
+    """Return a short name for a value; a long list is told by its length."""
+    if isinstance(value, str) or len(str(value)) <= 20:
+        return str(value).replace(" ", "_")
+    return f"{len(value)}_of_them"
 
 
 def load_cases() -> list[Case]:

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from ds_grass import agreement
 
 FACTS = {"ds_grass version": "0.1.0", "grass.seed": 1234, "grass.layers": None, "zero stage": 2}
+LAUNCHER_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def run_ranks(functions, store):
@@ -217,6 +218,25 @@ def test_layout_fingerprint_counts_a_partitioned_parameter_whole():
     shard.ds_numel = 6
     layouts = [SimpleNamespace(blocks=(), outer=(("head", parameter),)) for parameter in (whole, shard)]
     assert agreement.layout_fingerprint(layouts[0]) == agreement.layout_fingerprint(layouts[1])
+
+
+@pytest.mark.parametrize("name", LAUNCHER_NAMES)
+def test_ranks_on_node_is_what_any_launcher_says(monkeypatch, name):
+    for other in LAUNCHER_NAMES:
+        monkeypatch.delenv(other, raising=False)
+    assert agreement.ranks_on_node() is None
+    monkeypatch.setenv(name, "")
+    assert agreement.ranks_on_node() is None
+    monkeypatch.setenv(name, "3")
+    assert agreement.ranks_on_node() == 3
+
+
+def test_ranks_on_node_of_torchrun_goes_before_that_of_mpi(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert agreement.ranks_on_node() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert agreement.ranks_on_node() == 4
 
 
 def test_default_store_without_process_group_says_so():

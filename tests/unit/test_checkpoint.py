@@ -9,7 +9,7 @@ from ds_grass.zero import checkpoint
 
 def unit(key, name, numel):
     param = torch.nn.Parameter(torch.zeros(numel))
-    return Unit(key, 0, key, name, (f"{name}.w",), (param,), (numel,), torch.float32)
+    return Unit(key, 0, key, False, name, (f"{name}.w",), (param,), (numel,), torch.float32)
 
 
 UNITS = (unit(0, "blocks.0", 4), unit(1, "blocks.1", 6))

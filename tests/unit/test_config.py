@@ -74,6 +74,8 @@ WRONG_TOGETHER = [
     ({"sampling_period": None, "refresh_period": 50}, "grass.refresh_period is 50", ["null"]),
     ({"policy": "lisa", "probe_steps": 5}, "grass.probe_steps is 5", ['"lisa"', "null"]),
     ({"policy": "cyclic", "probe_steps": 1}, "grass.probe_steps is 1", ['"cyclic"', "null"]),
+    ({"policy": "static", "probe_steps": 0}, "grass.probe_steps is 0", ['"static"', "null"]),
+    ({"probe_steps": 0, "refresh_period": None}, "grass.probe_steps is 0", ['"grass"', "null"]),
 ]
 
 

@@ -122,6 +122,22 @@ def test_probe_of_unspecified_length_reaches_every_block(num_blocks: int, active
         assert controller.importance == (1.0,) * num_blocks
 
 
+def test_probe_in_turns_takes_the_steps_that_all_blocks_need() -> None:
+    controller = make(5, active_layers=2, probe_steps=1)
+    assert controller.active == (0, 1, 2, 3, 4)
+    controller.probe_in_turns()
+    seen = []
+    while controller.phase == PROBE:
+        assert controller.probes_in_turns
+        seen.append(controller.active)
+        controller.advance(norms(1, 2, 3, 4, 5))
+    assert seen == [(0, 1), (2, 3), (0, 4)]
+    assert controller.importance == (1, 2, 3, 4, 5)
+    active = controller.active
+    controller.probe_in_turns()  # too late to matter
+    assert (controller.phase, controller.active) == (TRAIN, active)
+
+
 def test_skipped_probe_step_does_not_move_the_turn() -> None:
     controller = make(4, accumulation=2, active_layers=2, probe_steps=2)
     controller.advance(norms(1.0, 1.0))

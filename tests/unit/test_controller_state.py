@@ -42,6 +42,21 @@ def test_run_continued_from_any_step_makes_the_same_decisions(policy: str, accum
             assert resumed.log_fields() == run.log_fields()
 
 
+@pytest.mark.parametrize("stop", range(6))
+def test_probing_found_to_need_turns_goes_on_with_them(stop: int) -> None:
+    values = random.Random(stop)
+    run, resumed = make(6, active_layers=2, probe_steps=2), make(6, active_layers=2, probe_steps=2)
+    for step in range(stop):
+        if step == 1:
+            run.probe_in_turns()
+        run.advance(noise(values, 6))
+    resumed.load_state_dict(through_a_checkpoint(run.state_dict()))
+    for _ in range(20):
+        given = noise(values, 6)
+        assert resumed.advance(given) == run.advance(given)
+        assert snapshot(resumed) == snapshot(run)
+
+
 def test_unmeasured_blocks_survive_a_checkpoint() -> None:
     run, resumed = (make(5, probe_steps=0, sampling_period=1) for _ in range(2))
     run.advance(norms(1.0, 2.0, 3.0, 4.0, 5.0))

@@ -31,21 +31,33 @@ def decay_groups(model):
 def test_units_cover_every_parameter_once_and_keep_groups_apart():
     model = Net()
     units = split(model, decay_groups(model))
-    assert [(u.group, u.block) for u in units] == [(g, b) for g in (0, 1) for b in (0, 1, 2, None)]
-    assert [u.key for u in units] == list(range(8))
+    assert [(u.group, u.name) for u in units] == [
+        (0, "blocks.0"), (0, "blocks.1"), (0, "blocks.2"), (0, "outer"), (0, "head"),
+        (1, "blocks.0"), (1, "blocks.1"), (1, "blocks.2"), (1, "head"),
+    ]  # fmt: skip
+    assert [u.block for u in units] == [0, 1, 2, None, None, 0, 1, 2, None]
+    assert [u.key for u in units] == list(range(9))
     held = [id(p) for u in units for p in u.params]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert sum(u.numel for u in units) == sum(p.numel() for p in model.parameters())
     assert units[0].names == ("blocks.0.0.weight",)
-    assert (units[0].name, units[3].name) == ("blocks.0", "outer")
 
 
-def test_reduction_order_is_last_block_first_and_outer_last():
+def test_reduction_order_is_head_then_last_block_first_then_the_rest():
     model = Net()
     units = split(model, decay_groups(model))
-    assert [(u.block, u.group) for u in reduction_order(units)] == [
-        (2, 0), (2, 1), (1, 0), (1, 1), (0, 0), (0, 1), (None, 0), (None, 1),
+    assert [(u.name, u.group) for u in reduction_order(units)] == [
+        ("head", 0), ("head", 1), ("blocks.2", 0), ("blocks.2", 1), ("blocks.1", 0), ("blocks.1", 1),
+        ("blocks.0", 0), ("blocks.0", 1), ("outer", 0),
     ]  # fmt: skip
+
+
+def test_a_tied_head_stands_with_the_embedding():
+    model = Net()
+    model.head.weight = model.embed.weight
+    units = {u.name: u.names for u in split(model, [{"params": list(model.parameters())}])}
+    assert units["outer"] == ("embed.weight",)
+    assert units["head"] == ("head.bias",)
 
 
 def test_frozen_parameters_and_outer_held_still_are_in_no_unit():
