@@ -44,7 +44,7 @@ def main() -> None:
     if settings.worker:
         print("RESULT", json.dumps(work(settings)), flush=True)
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     chosen = settings.only or contestants.names(settings)
     bytes_of = {name: ask_worker(name, settings, "bytes", console) for name in chosen}
     if settings.isolate:

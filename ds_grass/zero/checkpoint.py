@@ -101,8 +101,9 @@ def refuse_universal(folder: str | None) -> None:
         )
 
 
-def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
-    """The "grass" part of a checkpoint; ValueError, in one line, when it cannot belong to this job."""
+def check(optimizer: Mapping, units: Sequence[Unit], ranks: int, where: str) -> Mapping:
+    """The "grass" part of a saved optimizer state; ValueError, in one line, when it cannot belong to this job."""
+    state = optimizer.get(KEY)
     if state is None:
         raise ValueError(
             f"{where} was not saved by a grass job, so it holds no block states; "
@@ -118,6 +119,13 @@ def check(state: Mapping | None, units: Sequence[Unit], where: str) -> Mapping:
                 f"{where} is of another model or grouping: unit {at} is {there or 'missing'} there and "
                 f"{here or 'missing'} here; load it with the model and the parameter groups that saved it"
             )
+    count = optimizer["partition_count"]  # stage 3 writes one number, the others one a group
+    saved_ranks = count if isinstance(count, int) else count[0]
+    if saved_ranks != ranks:
+        raise ValueError(
+            f"{where} was saved by {saved_ranks} data-parallel ranks and is loaded by {ranks}; "
+            "use as many ranks as saved it"
+        )
     return state
 
 

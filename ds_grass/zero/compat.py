@@ -21,6 +21,8 @@ NEEDED = {
     "deepspeed.runtime.engine": (
         "DeepSpeedEngine._configure_zero_optimizer",
         "DeepSpeedEngine._do_optimizer_sanity_check",
+        "DeepSpeedEngine._get_zero_ckpt_name",
+        "DeepSpeedEngine._load_checkpoint",
         "DeepSpeedEngine.is_gradient_accumulation_boundary",
         "DeepSpeedEngine.no_sync",
         "DeepSpeedZeroOptimizer",

@@ -7,9 +7,11 @@ moves only on a real overflow.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
+from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_grass.units import Unit
@@ -134,9 +136,10 @@ class HostOptimizer:
                 param.requires_grad_(True)
 
     def checkpoint_event_epilogue(self) -> None:
-        self._freeze_again()
+        self.freeze_again()
 
-    def _freeze_again(self) -> None:
+    def freeze_again(self) -> None:
+        """After DeepSpeed has written or read: what does not train is frozen."""
         wanted = {id(param) for unit in self.core.active_units() for param in unit.params}
         for unit in self.units:
             for param in unit.params:
@@ -161,13 +164,19 @@ class HostOptimizer:
         self.core.reducer.counters.update(state["counters"])
         self.core.switch()
 
-    def _check_controller(self, state: Mapping) -> None:
-        """Before anything changes; the engine froze nothing back when a load raises."""
-        try:
-            self.core.controller.check_state(state["controller"])
-        except ValueError:
-            self._freeze_again()
-            raise
+    def check_checkpoint(self, path: str) -> None:
+        """Raise ValueError for another job's file, of which only the small values are read; nothing has changed."""
+        if os.path.isfile(path):  # DeepSpeed says what is missing
+            state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
+
+    def _checked(self, state: Mapping, *, load_optimizer_states: bool) -> Mapping:
+        """The "grass" part of a checkpoint that this job can continue from; ValueError if it cannot."""
+        ranks = dist.get_world_size(self.dp_process_group)
+        grass = checkpoint.check(state, self.units, ranks, "the checkpoint")
+        if load_optimizer_states:
+            self.core.controller.check_state(grass["controller"])
+        return grass
 
     def _restore_loss_scale(self, state: Mapping) -> None:
         self.loss_scaler = state.get("loss_scaler", self.loss_scaler)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
@@ -44,7 +45,6 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         super().__init__(module, _UnitGroups(self.units), param_names, *args, **kwargs)
         assert len(self.fp16_groups) == len(self.units), "one sub-group a unit"
         self.optimizer = init_optimizer
-        self._refuse_autocast_scaler()
         averaging = Averaging.resolve(
             group=self.dp_process_group,
             postscale=self.postscale_gradients,
@@ -75,13 +75,6 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         }
         self._init_loss_scale(self.loss_scaler)
         self._begin()
-
-    def _refuse_autocast_scaler(self) -> None:
-        if self.torch_autocast_gradscaler is not None:
-            raise ValueError(
-                "torch_autocast.dtype is float16, whose gradient scaler grass does not drive; "
-                "use bfloat16, or fp16.enabled"
-            )
 
     # -- what the parent would hold for the whole model --------------------------------------------------------------
 
@@ -183,14 +176,25 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
     def set_full_hp_param(self, value, param, optim_state_key=None) -> None:
         if not self._make_state(param):
             return
-        with self._as_trainable(param):
-            super().set_full_hp_param(value, param, optim_state_key)
+        numel = param.ds_tensor.ds_numel
+        start = min(numel * self.layouts[self._unit_of[id(param)][0]].rank, value.numel())
+        part = value.flatten()[start : start + numel]  # the last rank's part may lack its padding
+        self._write(param, part, optim_state_key)
+        if optim_state_key is None and param.ds_status == ZeroParamStatus.AVAILABLE:
+            param.data.copy_(value.view(param.ds_shape))  # a gathered (persistent) parameter is read as it is
 
     def set_local_hp_param(self, value, param, optim_state_key=None) -> None:
-        if not self._make_state(param):
-            return
-        with self._as_trainable(param):
-            super().set_local_hp_param(value, param, optim_state_key)
+        if self._make_state(param):
+            self._write(param, value.flatten(), optim_state_key)
+
+    def _write(self, param: Parameter, part: Tensor, optim_state_key: str | None) -> None:
+        """This rank's part of the weight and its master, or of a moment."""
+        key, index = self._unit_of[id(param)]
+        if optim_state_key is None:
+            self._part(self.shards[key], key, index)[: part.numel()].copy_(part)
+        held = self.core.store.view(key, optim_state_key or "master")
+        if held is not None:
+            self._part(held, key, index)[: part.numel()].copy_(part)
 
     def _make_state(self, param: Parameter) -> bool:
         """False, and nothing happens, for a parameter that is not managed; DeepSpeed ignores frozen ones as well."""
@@ -230,15 +234,8 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
         """Continue from a checkpoint of a grass job with as many ranks; raise ValueError before anything changes."""
         checkpoint.refuse_universal(checkpoint_folder)
         state = state_dict_list[dist.get_rank(self.dp_process_group)]
-        grass = checkpoint.check(state.get(checkpoint.KEY), self.units, "the checkpoint")
-        if state["partition_count"] != self.partition_count:
-            raise ValueError(
-                f"the checkpoint was saved by {state['partition_count']} data-parallel ranks and is loaded by "
-                f"{self.partition_count}; use as many ranks as saved it"
-            )
+        grass = self._checked(state, load_optimizer_states=load_optimizer_states)
         masters = state["fp32_flat_groups"]
-        if load_optimizer_states:
-            self._check_controller(grass)
         self._restore_loss_scale(state)
         for unit in self.units:
             self.shards[unit.key].copy_(masters[unit.key])

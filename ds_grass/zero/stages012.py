@@ -209,15 +209,8 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
         """Continue from a checkpoint of a grass job with as many ranks; raise ValueError before anything changes."""
         checkpoint.refuse_universal(checkpoint_folder)
         state = state_dict_list[dist.get_rank(self.dp_process_group)]
-        grass = checkpoint.check(state.get(checkpoint.KEY), self.units, "the checkpoint")
-        if state["partition_count"][0] != dist.get_world_size(self.dp_process_group):
-            raise ValueError(
-                f"the checkpoint was saved by {state['partition_count'][0]} data-parallel ranks and is loaded by "
-                f"{dist.get_world_size(self.dp_process_group)}; use as many ranks as saved it"
-            )
+        grass = self._checked(state, load_optimizer_states=load_optimizer_states)
         masters = state["single_partition_of_fp32_groups"]
-        if load_optimizer_states:
-            self._check_controller(grass)
         self._restore_loss_scale(state)
         if not load_optimizer_states:
             self.refresh_fp32_params()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tests import models
 from tests.distributed import jobs
 from tests.distributed.cases_schedule import WARMUP
 from tests.distributed.harness import Context
@@ -79,6 +82,59 @@ def zero_to_fp32_reads_what_was_saved(ctx: Context, stage: int, dtype: str) -> N
     dist.barrier()
     found = get_fp32_state_dict_from_zero_checkpoint(str(ctx.folder / "saved"), tag="end")
     jobs.assert_identical({n: found[n].float() for n in masters}, masters, "masters")
+
+
+REFUSED = {
+    "policy": {"policy": "top_k"},
+    "active_layers": {"active_layers": 1},
+    "not saved by a grass job": {"enabled": False},
+}
+"""What the message says -> the grass block of the job that saved."""
+
+
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), message=tuple(REFUSED))
+def a_refused_checkpoint_changes_nothing(ctx: Context, stage: int, message: str) -> None:
+    """The run that was refused another job's checkpoint in its middle is the run that never asked for it."""
+    job = jobs.Job(stage=stage, extra={"scheduler": WARMUP})
+    saver = jobs.with_grass(jobs.replace(job, model_options={"seed": 99}), **REFUSED[message])
+    with jobs.engine_of(saver) as engine:
+        for number in range(5):
+            engine.backward(models.loss(engine, job.data(number, ctx)[ctx.rank][0]))
+            engine.step()
+        engine.save_checkpoint(str(ctx.folder / "saved"), tag="other")
+    kept = []
+    for asks in (False, True):
+        with jobs.engine_of(job) as engine:
+            for number in range(4):
+                jobs.train_step(engine, job, ctx, number)
+            before = _state(engine)
+            if asks:
+                with pytest.raises(ValueError, match=message):
+                    engine.load_checkpoint(str(ctx.folder / "saved"), tag="other")
+                after = _state(engine)
+                changed = [what for what in before if before[what] != after[what]]
+                assert not changed, changed
+            kept.append(_finish(engine, job, ctx, 4))
+    for what in ("weights", "masters", "exp_avg", "exp_avg_sq"):
+        jobs.assert_identical(kept[1][what], kept[0][what], what)
+    assert kept[1]["steps"] == kept[0]["steps"]
+    assert kept[1]["counters"] == kept[0]["counters"]
+
+
+def _state(engine: object) -> dict:
+    """What must stay as it is, in a form that `==` compares."""
+    grass = jobs.controller(engine)
+    tensors = {"weights": jobs.weights(engine), "masters": jobs.masters(engine)}
+    return {
+        **{what: {n: t.tolist() for n, t in found.items()} for what, found in tensors.items()},
+        "flags": [p.requires_grad for p in engine.module.parameters()],
+        "active": tuple(grass.active),
+        "phase": grass.phase,
+        "counters": dict(grass.counters),
+        "rates": [group["lr"] for group in engine.optimizer.param_groups],
+        "schedule": engine.lr_scheduler.state_dict(),
+        "engine": (engine.global_steps, engine.skipped_steps, engine.global_samples),
+    }
 
 
 def _finish(engine: object, job: jobs.Job, ctx: Context, first: int) -> dict:

@@ -184,3 +184,35 @@ def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int,
     worst = assert_moved_alike(masters, reference.masters, start, 0.05)
     assert all(torch.isfinite(m).all() for m in masters.values())
     return {"scales": scales, "worst": worst, **counters}
+
+
+@case(strength=1, ranks=(1, 2), stage=(3, 1))
+def skips_while_the_loss_scale_may_fall_end_nothing(ctx: Context, stage: int) -> list[float]:
+    """More than 20 steps skipped in a row on the way down from a scale of 2**46; then training begins."""
+    fp16 = {"enabled": True, "initial_scale_power": 46, "hysteresis": 1}
+    job = jobs.Job(stage=stage, dtype="fp16", extra={"fp16": fp16}, grass={"probe_steps": 1})
+    scales, skipped = [], []
+    with fp16_on_cpu(), jobs.engine_of(job) as engine:
+        grass = jobs.controller(engine)
+        while grass.counters["applied_steps"] < 2:
+            scales.append(float(engine.optimizer.loss_scale))
+            jobs.train_step(engine, job, ctx, len(scales))
+            skipped.append(grass.counters["skipped_in_a_row"])
+            assert len(scales) < 45, scales
+        assert all(torch.isfinite(m).all() for m in jobs.masters(engine).values())
+    assert max(skipped) > 20, skipped
+    return scales
+
+
+@case(strength=1, ranks=(1, 2), stage=(3, 1))
+def skips_at_the_floor_of_the_loss_scale_end_the_job(ctx: Context, stage: int) -> None:
+    """2**62 may fall 22 times to its floor of 2**40: the skips that make it fall are borne, the next one is not."""
+    fp16 = {"enabled": True, "initial_scale_power": 62, "min_loss_scale": 2**40, "hysteresis": 1}
+    job = jobs.Job(stage=stage, dtype="fp16", extra={"fp16": fp16})
+    with fp16_on_cpu(), jobs.engine_of(job) as engine:
+        for number in range(22):
+            assert not jobs.train_step(engine, job, ctx, number).applied
+        assert float(engine.optimizer.loss_scale) == 2.0**40
+        engine.backward(models.loss(engine, job.data(22, ctx)[ctx.rank][0]))
+        with pytest.raises(RuntimeError, match="20 optimizer steps in a row"):
+            engine.step()

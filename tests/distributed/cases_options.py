@@ -88,7 +88,7 @@ def keys_of_gradient_sending_are_as_in_plain_deepspeed(
     ctx: Context, stage: int, dtype: str, key: str
 ) -> dict:
     """Division, wire and accumulation dtypes: with all blocks active the run is that of plain DeepSpeed."""
-    zero = {"reduce_scatter": key != "prescale"}  # DeepSpeed has no prescaling with reduce-scatter
+    zero = {"reduce_scatter": "pre" not in key}  # DeepSpeed divides before the sum only without it
     plain = jobs.Job(stage=stage, dtype=dtype, accumulation=2, grass=None, extra=SENDING[key], zero=zero)
     ours = jobs.with_grass(plain, active_layers=4, probe_steps=0)
     results = []
@@ -98,6 +98,24 @@ def keys_of_gradient_sending_are_as_in_plain_deepspeed(
                 jobs.train_step(engine, job, ctx, number)
             results.append(jobs.masters(engine))
     return {"worst": assert_near_the_reference(results[1], results[0], dtype)}
+
+
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+def predivision_of_gradients_cancels_out(ctx: Context, stage: int) -> dict:
+    """`gradient_predivide_factor` divides before the sum and multiplies after it: the course of the reference."""
+    extra = {"prescale_gradients": False, "gradient_predivide_factor": 4.0}
+    zero = {"reduce_scatter": stage != 3}  # DeepSpeed's stage 3 has no predivision with it
+    job = jobs.Job(stage=stage, extra=extra, zero=zero)
+    reference = jobs.reference_of(job)
+    with jobs.engine_of(job) as engine:
+        for number in range(6):
+            step = jobs.train_step(engine, job, ctx, number)
+            record = jobs.follow(reference, job, ctx, number, step)
+            if step.applied:
+                assert abs(step.norm - record.norm) <= 1e-5 * record.norm
+        masters = jobs.masters(engine)
+    assert reference.applied == 4
+    return {"worst": assert_near_the_reference(masters, reference.masters, "fp32")}
 
 
 @case(ranks=(1, 2), strength=1, accumulation=(1, 2))

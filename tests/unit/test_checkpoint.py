@@ -17,7 +17,9 @@ SAVED = {"format": 1, "units": [{"name": "blocks.0", "numel": 4}, {"name": "bloc
 
 
 def test_the_same_units_are_accepted():
-    assert checkpoint.check(SAVED, UNITS, "the checkpoint") is SAVED
+    for count in (2, [2, 2]):
+        saved = {"grass": SAVED, "partition_count": count}
+        assert checkpoint.check(saved, UNITS, 2, "the checkpoint") is SAVED
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,13 @@ def test_the_same_units_are_accepted():
 )
 def test_what_cannot_belong_to_this_job_is_refused_in_one_line(saved, text):
     with pytest.raises(ValueError, match=text) as refused:
-        checkpoint.check(saved, UNITS, "the checkpoint")
+        checkpoint.check({"grass": saved, "partition_count": 2}, UNITS, 2, "the checkpoint")
     assert "\n" not in str(refused.value)
+
+
+def test_another_number_of_ranks_is_refused():
+    with pytest.raises(ValueError, match="saved by 4 data-parallel ranks and is loaded by 2"):
+        checkpoint.check({"grass": SAVED, "partition_count": [4, 4]}, UNITS, 2, "the checkpoint")
 
 
 def test_a_universal_checkpoint_is_refused_by_the_key():
