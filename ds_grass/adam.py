@@ -71,9 +71,8 @@ def read_group(optimizer: Optimizer, group: Mapping) -> AdamHyper:
 
 def _known_class(optimizer: Optimizer) -> str | None:
     """The supported class whose `step` this optimizer runs; a subclass with its own `step` is another rule."""
-    own_step = inspect.unwrap(
-        type(optimizer).step
-    )  # torch wraps `step` for profiling when an instance is made
+    # unwrapped: torch wraps `step` for profiling when an instance is made
+    own_step = inspect.unwrap(type(optimizer).step)
     for base in type(optimizer).__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         if name in SUPPORTED:

@@ -69,9 +69,8 @@ class BackwardCut:
         if not module.training:
             return None
         if self._hides_inputs is None:
-            self._hides_inputs = (
-                not torch.is_grad_enabled()
-            )  # a reentrant checkpoint around the hooks turned it off
+            # a reentrant checkpoint around the hooks has turned it off
+            self._hides_inputs = not torch.is_grad_enabled()
         if self._hides_inputs:
             return None
         if block.index in self._entrances:

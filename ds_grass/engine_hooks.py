@@ -169,10 +169,8 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
         config_class.zero_optimization_stage = 1
         config_class.zero_enabled = True
     config_class.zero_allow_untested_optimizer = True  # the class was checked by name
-    for _, param in plan.layout.frozen_outer:
-        param.requires_grad_(
-            False
-        )  # grass.outer holds it still; DeepSpeed then treats it as any frozen parameter
+    for _, param in plan.layout.frozen_outer:  # DeepSpeed then treats them as any frozen parameter
+        param.requires_grad_(False)
     original = module.DeepSpeedEngine._configure_zero_optimizer
 
     def configure(optimizer: Any) -> Any:

@@ -223,9 +223,7 @@ class GradientReducer:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
-        buffer.record_stream(
-            self.stream
-        )  # the buffer's memory is not reused before the reduction has read it
+        buffer.record_stream(self.stream)  # its memory is not reused before the reduction has read it
 
     def _filled(self, key: int, filling: _Filling | None) -> Tensor:
         layout = self.layouts[key]

@@ -146,9 +146,8 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, param: Parameter) -> None:
-        refresh = (
-            self.should_refresh_expected_hook_count()
-        )  # before re-entering, which hides a phase's beginning
+        # asked before re-entering, which hides a phase's beginning
+        refresh = self.should_refresh_expected_hook_count()
         self.reenter_backward_if_needed()
         self.core.reducer.arrived(param)
         expected = (
