@@ -198,8 +198,9 @@ def _guard_loading(engine: Any, module: ModuleType) -> None:
                 engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a load raises
 
     def checked(load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        states = kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False)
-        if states and hasattr(engine.optimizer, "core"):
+        if kwargs.get("load_module_only", False):
+            kwargs["load_optimizer_states"] = False  # else DeepSpeed loads nothing at stage 3, and says nothing
+        if kwargs.get("load_optimizer_states", True) and hasattr(engine.optimizer, "core"):
             engine.optimizer.check_checkpoint(engine._get_zero_ckpt_name(load_dir, tag))
         return load_weights(engine, load_dir, tag, *args, **kwargs)
 

@@ -135,7 +135,7 @@ def every_way_to_pass_parameters_gives_the_same_bits(ctx: Context, stage: int) -
     for way in ("list", "generator", "groups", "client", "callable"):
         job = jobs.Job(stage=stage, optimizer_block=way in ("list", "generator", "groups"))
         model = job.build()
-        options = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+        options = {"lr": 1e-3, **jobs.ADAMW}
         arguments: dict = {
             "list": {"model_parameters": list(model.parameters())},
             "generator": {"model_parameters": (p for p in model.parameters())},

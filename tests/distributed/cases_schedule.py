@@ -32,7 +32,7 @@ def _from_config(job: jobs.Job) -> tuple[jobs.Job, dict]:
 
 def _client_before(job: jobs.Job) -> tuple[jobs.Job, dict]:
     model = job.build()
-    optimizer = torch.optim.AdamW(_groups(model), eps=1e-6)
+    optimizer = torch.optim.AdamW(_groups(model), eps=jobs.ADAMW["eps"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor)
     return job, {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -41,7 +41,7 @@ def _callable_client_optimizer(job: jobs.Job) -> tuple[jobs.Job, dict]:
     model = job.build()
     return job, {
         "model": model,
-        "optimizer": torch.optim.AdamW(_groups(model), eps=1e-6),
+        "optimizer": torch.optim.AdamW(_groups(model), eps=jobs.ADAMW["eps"]),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, _factor),
     }
 
@@ -111,8 +111,8 @@ def rate_and_decay_of_each_group_reach_its_weights(ctx: Context, stage: int, mad
         betas = (0.9, 0.999)
     names = dict(job.build().named_parameters())
     groups = [
-        Group([n for n, p in names.items() if p.ndim > 1], 1e-3, betas, 1e-6, 0.1),
-        Group([n for n, p in names.items() if p.ndim <= 1], 5e-4, betas, 1e-6, 0.0),
+        Group([n for n, p in names.items() if p.ndim > 1], 1e-3, betas, jobs.ADAMW["eps"], 0.1),
+        Group([n for n, p in names.items() if p.ndim <= 1], 5e-4, betas, jobs.ADAMW["eps"], 0.0),
     ]
     reference = jobs.reference_of(job, groups=groups, lr_factor=_factor)
     start = {n: m.detach().clone() for n, m in reference.masters.items()}

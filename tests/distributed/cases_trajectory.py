@@ -133,7 +133,7 @@ def trajectory_equals_the_reference(
     assert len({s.active_before for s in steps if s.phase_before == "train"}) > 1, "the draws never differed"
     worst = assert_near_the_reference(masters, reference.masters, dtype)
     trained = [n for n in start if not any(n in blocks[i] for i in range(len(blocks)) if i not in drawn)]
-    share = 1e-4 if dtype == "fp32" else 1e-2
+    share = 1e-4 if dtype == "fp32" else 2e-2  # a mean over three ranks is rounded to bf16 in another order
     apart = assert_moved_alike(masters, reference.masters, {n: start[n] for n in trained}, share)
     return {"worst": worst, "apart": apart, "active": [s.active_before for s in steps]}
 
