@@ -1,7 +1,8 @@
 """The command ``ds_grass``: one table of subcommands, each a function from arguments to an exit status.
 
-Contract: human output goes through rich; ``--json`` prints one JSON document and nothing else on standard
-output. Status 0 = all well, 1 = a problem was found, 2 = wrong arguments. No other file prints.
+Contract: human output goes through rich, a path alone goes as it is; ``--json`` prints one JSON document and
+nothing else on standard output. Status 0 = all well, 1 = a problem was found, 2 = wrong arguments. No other file
+prints.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from . import __version__
@@ -89,11 +91,45 @@ def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
     console.print(f"\n{verdict}")
 
 
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a grass.jsonl, or the folder that holds one")
+    parser.add_argument("run2", metavar="RUN2", nargs="?", help="a second one, to be drawn beside the first")
+    parser.add_argument(
+        "-o", "--output", metavar="FOLDER", default="grass-report", help="default: %(default)s"
+    )
+    parser.add_argument("--run-id", action="append", default=[], metavar="ID",
+                        help="which run of the file, or how its id begins; once for RUN, again for RUN2; "
+                        "default: the last one")  # fmt: skip
+
+
+def _run_report(parsed: argparse.Namespace) -> int:
+    from . import report
+
+    paths = [path for path in (parsed.run, parsed.run2) if path is not None]
+    try:
+        if len(parsed.run_id) > len(paths):
+            raise report.ReportError(f"--run-id was given {len(parsed.run_id)} times for {len(paths)} RUN")
+        runs = [report.read_run(path, run_id) for path, run_id in zip_longest(paths, parsed.run_id)]
+        page = report.write_report(runs, parsed.output)
+    except report.ReportError as error:
+        sys.stderr.write(f"ds_grass report: {error}\n")
+        return 1
+    for remark in report.remarks(runs):
+        sys.stderr.write(f"ds_grass report: {remark}\n")
+    sys.stdout.write(f"{page}\n")
+    return 0
+
+
 _COMMANDS = {
     "doctor": _Command(
         help="say whether GRASS would run here, and if not, why",
         run=_run_doctor,
         add_arguments=_add_doctor_arguments,
+    ),
+    "report": _Command(
+        help="draw what a run did, or two side by side, from its grass.jsonl",
+        run=_run_report,
+        add_arguments=_add_report_arguments,
     ),
 }
 

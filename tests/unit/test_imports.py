@@ -64,6 +64,11 @@ ORDER = """
 
     ds_grass.engine_hooks
     ds_grass.doctor
+    ds_grass.report.log
+    ds_grass.report.page
+    ds_grass.report.axes
+    ds_grass.report.figures
+    ds_grass.report
     ds_grass.cli
 
     megatron_ext.mpu

@@ -1,0 +1,263 @@
+"""Reading grass.jsonl back: the lines of one run, as plain values.
+
+Contract: `read_run` takes any file, also one that is still being written or was cut by a killed job. What it
+cannot use it counts; it fails, with a ReportError of one line, only where nothing is left to report. A draw that
+was undone by loading an older checkpoint is dropped, and a stretch of steps whose draws the file does not hold
+is marked as unknown. Strings are those of the file, untouched: whoever shows them escapes them.
+
+Not covered: runs of a job that was restarted are not joined, they are different `run_id`s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ds_grass.telemetry import DEFAULT_LOG_NAME
+
+_STATE_EVENTS = ("draw", "refresh")
+_LARGEST_COUNT = 2**53  # a step beyond it has no exact place on an axis
+
+
+class ReportError(Exception):
+    """Why there is nothing to report, and what to do: one line."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One `draw` or `refresh` line: what trains from `step` on, why, and what it has cost so far."""
+
+    step: int
+    """Optimizer steps applied before it."""
+    counters: Mapping[str, int]
+    """The controller's: draws, refreshes, switches, skipped_steps, ..."""
+    active: tuple[int, ...]
+    importance: tuple[float, ...]
+    """By block, nan where not known; empty where the line has none."""
+    probabilities: tuple[float, ...]
+    """By block; empty where the line has none."""
+    effective_blocks: float
+    visits: tuple[int, ...]
+    costs: Mapping[str, float]
+    """Bytes and seconds of rank 0; what moved and what it took add up since the start of the process."""
+    mode: str
+    """Of the states: "resident", "stream", or empty."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All lines of one `run_id`."""
+
+    path: Path
+    run_id: str
+    facts: Mapping[str, Any]
+    """The start line; empty where the file has none."""
+    states: tuple[State, ...]
+    """At least one; steps ascend."""
+    skipped: tuple[int, ...]
+    """Applied steps at which a step was skipped."""
+    losses: tuple[tuple[int, float], ...]
+    """(applied steps, loss), steps ascend; empty where no line carries a loss."""
+    times: tuple[datetime, ...]
+    """Of the first and the last line; empty where they cannot be read."""
+    broken_lines: int
+    """Lines of the file, of whichever run, that could not be used."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that take part in the draw."""
+        return len(self.states[0].visits)
+
+    @property
+    def last(self) -> State:
+        """The newest state."""
+        return self.states[-1]
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Steps at which the periods of `states` begin, and the end of the last: planned, not yet logged."""
+        begins = [state.step for state in self.states]
+        seen = max([begins[-1], *self.skipped, *(step for step, _ in self.losses)])
+        return (*begins, max(begins[-1] + self._planned_period(), seen))
+
+    @property
+    def is_known(self) -> tuple[bool, ...]:
+        """By period: whether what was drawn at its begin is what trained until its end."""
+        draws = [state.counters.get("draws", 0) for state in self.states]
+        steps_on = [later - earlier for earlier, later in zip(draws, draws[1:], strict=False)]
+        return (*(0 <= jump <= 1 for jump in steps_on), True)
+
+    def cost_by_period(self, name: str) -> tuple[float, ...]:
+        """What each finished period added to a cost that adds up; nan where the log does not tell."""
+        values = [state.costs.get(name, math.nan) for state in self.states]
+        gains = [later - earlier for earlier, later in zip(values, values[1:], strict=False)]
+        return tuple(
+            gain if known and gain >= 0 else math.nan
+            for gain, known in zip(gains, self.is_known, strict=False)
+        )
+
+    def _planned_period(self) -> int:
+        for key in ("sampling_period", "refresh_period"):
+            if is_count(self.facts.get(key)) and self.facts[key] > 0:
+                return self.facts[key]
+        if len(self.states) > 1:
+            return self.states[-1].step - self.states[-2].step
+        return 1
+
+
+def read_run(path: str | Path, run_id: str | None = None) -> Run:
+    """The run of a log, or of the grass.jsonl in a folder; by default the last that the file begins.
+
+    `run_id` may be the beginning of one. ReportError: no such file or run, or nothing was drawn yet.
+    """
+    path = Path(path)
+    path = path / DEFAULT_LOG_NAME if path.is_dir() else path
+    by_run: dict[str, list[dict]] = {}
+    broken = 0
+    try:
+        for line in _lines(path):
+            if line is None:
+                broken += 1
+            else:
+                by_run.setdefault(line["run_id"], []).append(line)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise ReportError(f"{path} cannot be read: {error}") from error
+    chosen = _choose(path, list(by_run), run_id)
+    return _run(path, chosen, by_run[chosen], broken)
+
+
+def _lines(path: Path) -> Iterator[dict | None]:
+    """Every line with a run and an event, None for one that is broken. One being written is left out."""
+    with open(path, "rb") as file:
+        for raw in file:
+            if not raw.strip():
+                continue
+            try:
+                line = json.loads(raw)
+            except (ValueError, RecursionError):
+                line = None
+            fits = isinstance(line, dict) and all(
+                isinstance(line.get(key), str) for key in ("run_id", "event")
+            )
+            if fits:
+                yield line
+            elif raw.endswith(b"\n"):
+                yield None
+
+
+def _choose(path: Path, run_ids: list[str], wanted: str | None) -> str:
+    if not run_ids:
+        raise ReportError(f"{path} has no line of a GRASS run; give the file that grass.log.path names")
+    if wanted is None:
+        return run_ids[-1]
+    found = [run_id for run_id in run_ids if run_id.startswith(wanted)]
+    if wanted in run_ids or len(found) == 1:
+        return wanted if wanted in run_ids else found[0]
+    listed = ", ".join(ascii(run_id)[1:-1][:40] for run_id in run_ids[-8:])
+    more = "the last of them are" if len(run_ids) > 8 else "it has"
+    raise ReportError(
+        f"--run-id {wanted!r} is the beginning of {len(found)} runs of {path}; use one that it has: "
+        f"{more} {listed}"
+    )
+
+
+def _run(path: Path, run_id: str, lines: list[dict], broken: int) -> Run:
+    facts: Mapping[str, Any] = {}
+    states: list[State] = []
+    skipped: list[int] = []
+    losses: dict[int, float] = {}
+    for line in lines:
+        step = line.get("applied_steps", line.get("step"))
+        if line["event"] == "start":
+            facts = line
+        elif line["event"] in _STATE_EVENTS:
+            state = _state(line)
+            if state is None or (states and len(state.visits) != len(states[0].visits)):
+                broken += 1
+                continue
+            while states and states[-1].step >= state.step:  # an older checkpoint was loaded
+                states.pop()
+            states.append(state)
+        elif line["event"] == "skipped" and is_count(step):
+            skipped.append(step)
+        if is_count(step) and math.isfinite(_number(line.get("loss"))):
+            losses[step] = _number(line["loss"])
+    if not states:
+        raise ReportError(
+            f"{path} has no draw of run {ascii(run_id)[1:-1]} yet; wait until its probe is over, or choose an "
+            "earlier run with --run-id"
+        )
+    times = tuple(time for time in (_time(lines[0]), _time(lines[-1])) if time is not None)
+    return Run(
+        path=path,
+        run_id=run_id,
+        facts=facts,
+        states=tuple(states),
+        skipped=tuple(skipped),
+        losses=tuple(sorted(losses.items())),
+        times=times if len(times) == 2 else (),
+        broken_lines=broken,
+    )
+
+
+def _state(line: Mapping[str, Any]) -> State | None:
+    """None where the line does not say what trains."""
+    step, active, visits = line.get("applied_steps"), line.get("active"), line.get("visits")
+    if not (is_count(step) and _are_counts(active) and _are_counts(visits) and visits):
+        return None
+    if any(block >= len(visits) for block in active):
+        return None
+    states = line.get("states") if isinstance(line.get("states"), dict) else {}
+    costs = {name: _number(value) for name, value in states.items()}
+    for name in ("measuring_seconds", "switching_seconds"):
+        costs[name] = _number(line.get(name))
+    mode = states.get("mode")
+    return State(
+        step=step,
+        counters={name: value for name, value in line.items() if is_count(value)},
+        active=tuple(active),
+        importance=_by_block(line.get("importance"), len(visits)),
+        probabilities=_by_block(line.get("probabilities"), len(visits)),
+        effective_blocks=_number(line.get("effective_blocks")),
+        visits=tuple(visits),
+        costs={name: value for name, value in costs.items() if math.isfinite(value)},
+        mode=mode if isinstance(mode, str) else "",
+    )
+
+
+def _by_block(values: Any, num_blocks: int) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != num_blocks:
+        return ()
+    return tuple(_number(value) for value in values)
+
+
+def _number(value: Any) -> float:
+    """A finite float, else nan."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # an integer beyond floats
+        return math.nan
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a log can be a number of steps, blocks or parameters."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(is_count(value) for value in values)
+
+
+def _time(line: Mapping[str, Any]) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(str(line.get("time")))
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else None
