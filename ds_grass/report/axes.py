@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ds_grass.report.log import Run
 from ds_grass.report.page import title
 
-# Of Okabe and Ito, told apart with any kind of colour blindness and in print.
+# From the palette of Okabe and Ito, told apart with any kind of colour blindness and in print.
 BLUE, ORANGE, GREEN, BLACK = "#0072b2", "#d55e00", "#009e73", "#1b1f24"
 RESTING, UNKNOWN, REFERENCE = "#edf0f3", "#b9bec5", "#8a8f98"
 _MAX_COLUMNS = 700  # of a heat map; about two pixels each
@@ -100,13 +100,19 @@ def _color_bar(figure: Figure, axes: list[Axes], norm: Normalize, colors: str | 
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for the whole figure, in a line under it, of what `axes` labels."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=len(labels))
 
 
-def legend_beside(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+def legend_beside(row: Sequence[Axes]) -> None:
+    """The legend of a row of axes, right of the last, of what any of them labels."""
+    by_label = {}
+    for axes in row:
+        handles, labels = axes.get_legend_handles_labels()
+        by_label |= dict(zip(labels, handles, strict=True))
+    if by_label:
+        row[-1].legend(by_label.values(), by_label.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def block_ticks(num_blocks: int, at_most: int) -> range:
@@ -116,15 +122,16 @@ def block_ticks(num_blocks: int, at_most: int) -> range:
     return range(0, num_blocks, every)
 
 
+# Units of an axis, largest first, with their sizes.
 BYTES = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
 SECONDS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
 
-def unit_of(largest: float, units: Sequence[tuple[str, float]]) -> tuple[str, float]:
-    """The unit, with its size, that writes `largest` as a number of at least 1; of zero the middle one."""
-    if largest <= 0:
+def unit_of(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, float]:
+    """The unit, with its size, that writes `value` as a number of at least 1; of zero the middle one."""
+    if value <= 0:
         return units[len(units) // 2]
-    return next((unit for unit in units if largest >= unit[1]), units[-1])
+    return next((unit for unit in units if value >= unit[1]), units[-1])
 
 
 def largest(values: Sequence[float]) -> float:
@@ -133,11 +140,13 @@ def largest(values: Sequence[float]) -> float:
 
 
 def positive_or_nan(value: object) -> float:
+    """A positive integer of a log as a float, nan for all else."""
     fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
     return float(value) if fits else math.nan
 
 
 def one_hot(run: Run, blocks: Sequence[int]) -> list[float]:
+    """(blocks,); 1 for those in `blocks`, 0 for the others."""
     return [float(block in blocks) for block in range(run.num_blocks)]
 
 
@@ -156,6 +165,7 @@ def masked(run: Run, by_state: Sequence[float]) -> np.ndarray:
 
 
 def are_thinned(runs: Sequence[Run]) -> bool:
+    """Whether a column of a heat map holds several periods."""
     return any(len(run.states) > _MAX_COLUMNS for run in runs)
 
 

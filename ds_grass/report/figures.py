@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from ds_grass.report.axes import (
     BLUE,
@@ -68,15 +70,19 @@ def draw_blocks(runs: Sequence[Run]) -> Figure:
         runs, maps, Normalize(0, 1), _TRAINED, "share of steps trained" if are_thinned(runs) else None
     )
     for run, axes in zip(runs, figure.axes, strict=False):
+        if any(other.skipped for other in runs):
+            axes.set_title(axes.get_title(loc="left"), loc="left", pad=14)  # points; above the marks
         if run.skipped:
-            inside = axes.get_xaxis_transform()  # x in steps, y in parts of the height
-            steps = sorted(set(run.skipped))
-            label = f"skipped step ({len(run.skipped)})"
-            axes.plot(steps, [1.03] * len(steps), "v", color=ORANGE, markersize=4, markeredgewidth=0,
-                      transform=inside, clip_on=False, label=label)  # fmt: skip
-            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.03), borderpad=0, handletextpad=0.2)
-            axes.set_title(axes.get_title(loc="left"), loc="left", pad=14)  # above the marks
+            _mark_above(axes, sorted(set(run.skipped)), f"skipped steps: {len(run.skipped)}")
     return figure
+
+
+def _mark_above(axes: Axes, steps: Sequence[int], label: str) -> None:
+    """A mark at each step, 4 points above the axes, whatever their height."""
+    above = offset_copy(axes.get_xaxis_transform(), axes.figure, y=4, units="points")
+    look = {"color": ORANGE, "markersize": 4, "markeredgewidth": 0}
+    axes.plot(steps, [1.0] * len(steps), "v", transform=above, clip_on=False, label=label, **look)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, borderaxespad=1.2, handletextpad=0.2)
 
 
 def draw_importance(runs: Sequence[Run]) -> Figure | None:
@@ -174,7 +180,7 @@ def draw_memory(runs: Sequence[Run]) -> Figure | None:
                 axes.axhline(total / size, color=REFERENCE, linestyle=":", linewidth=1.2, label=plan_label)
         drawn[0].set_ylim(0, largest([axes.dataLim.y1 for axes in drawn]) * 1.1 or 1)
         drawn[0].set_ylabel(f"{place} ({unit})")
-        legend_beside(drawn[-1])
+        legend_beside(drawn)
     return figure
 
 
@@ -186,7 +192,7 @@ def draw_transfers(runs: Sequence[Run]) -> Figure | None:
         ("measuring_seconds", "measuring", GREEN),
         ("switching_seconds", "switching\nblocks", ORANGE),
     ]
-    kinds = [("moved a period", BYTES, moved), ("time a period", SECONDS, spent)]
+    kinds = [("moved per period", BYTES, moved), ("time per period", SECONDS, spent)]
     if not any(
         math.isfinite(value)
         for _, _, row in kinds
@@ -200,14 +206,16 @@ def draw_transfers(runs: Sequence[Run]) -> Figure | None:
         rows = [[np.array(run.cost_by_period(name), dtype=float) for name, _, _ in row] for run in runs]
         unit, size = unit_of(largest([value for one in rows for line in one for value in line]), units)
         for run, axes, lines in zip(runs, drawn, rows, strict=True):
-            for values, (_, label, color) in zip(lines, row, strict=True):
+            for number, (values, (_, label, color)) in enumerate(zip(lines, row, strict=True)):
+                width = (
+                    2.4 if number == 0 and len(run.states) < 100 else 1.2
+                )  # seen also where the next covers it
+                look = {"color": color, "linewidth": width, "label": label}
                 if np.isfinite(values).any():
-                    axes.stairs(
-                        values / size, run.edges[:-1], baseline=None, color=color, linewidth=1.3, label=label
-                    )
+                    axes.stairs(values / size, run.edges[:-1], baseline=None, **look)
         drawn[0].set_ylim(0, largest([axes.dataLim.y1 for axes in drawn]) * 1.1 or 1)
         drawn[0].set_ylabel(f"{what} ({unit})")
-        legend_beside(drawn[-1])
+        legend_beside(drawn)
     return figure
 
 

@@ -187,6 +187,11 @@ def _run(path: Path, run_id: str, lines: list[dict], broken: int) -> Run:
             skipped.append(step)
         if is_count(step) and math.isfinite(_number(line.get("loss"))):
             losses[step] = _number(line["loss"])
+    if not states and any(line["event"] in _STATE_EVENTS for line in lines):
+        raise ReportError(
+            f"{path} has draws of run {ascii(run_id)[1:-1]}, but none that can be read; it was written by another "
+            "version of ds_grass, use that one's report"
+        )
     if not states:
         raise ReportError(
             f"{path} has no draw of run {ascii(run_id)[1:-1]} yet; wait until its probe is over, or choose an "

@@ -162,7 +162,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "time span", _time_span(run)
     yield "policy", _plain(facts.get("policy"))
     yield "blocks", _blocks(run)
-    yield "active at once", f"{len(last.active)} blocks"
+    yield "blocks active at once", str(len(last.active))
     yield "steps at the last line", f"{last.step:,}"
     yield (
         "draws",
@@ -173,7 +173,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "steps of the probe", _count(last.counters.get("probe_steps"))
     yield "periods", f"draw {_period(facts, 'sampling_period')}, refresh {_period(facts, 'refresh_period')}"
     yield "parameters", _parameters(facts)
-    yield "outside the blocks", f"{_plain(facts.get('outer'))} trained"
+    yield "trained outside the blocks", _plain(facts.get("outer"))
     yield "optimizer states", _states(run)
     yield "moved, rank 0", _moved(run)
     yield "time, rank 0", _seconds(run)

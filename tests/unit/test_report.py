@@ -254,6 +254,8 @@ def test_error_is_one_line_and_status_1(log, tmp_path, monkeypatch, capsys):
     assert "has no line of a GRASS run" in error_of(empty)
     rewrite(empty, lines_of(log)[:1])
     assert "has no draw of run" in error_of(empty)
+    rewrite(empty, [line | {"visits": None} for line in lines_of(log)])
+    assert "none that can be read" in error_of(empty)
     assert "given 2 times for 1 RUN" in error_of(log, "--run-id", "a", "--run-id", "b")
     real_import = builtins.__import__
 
