@@ -56,6 +56,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         history = {"log_history": trainer.state.log_history, "steps": trainer.state.global_step}
         Path(options.output, "metrics.json").write_text(json.dumps(history, indent=1) + "\n")
+    if torch.distributed.is_initialized():  # else gloo may abort the process as it exits
+        torch.distributed.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -34,3 +35,5 @@ trainer = DPOTrainer(
 )
 trainer.train()
 trainer.save_model()
+# As PyTorch asks of every script: without it gloo may abort the process at exit (pytorch/pytorch#190489).
+torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -25,3 +26,5 @@ trainer = SFTTrainer(
 )
 trainer.train()
 trainer.save_model()
+# As PyTorch asks of every script: without it gloo may abort the process at exit (pytorch/pytorch#190489).
+torch.distributed.destroy_process_group()
