@@ -194,7 +194,7 @@ class GrassConfig(_Block):
         """
         if not self.measures:
             return 0
-        enough = math.ceil(num_blocks / self.active_layers) if accumulation_steps > 1 else 1
+        enough = self.turns_for(num_blocks) if accumulation_steps > 1 else 1
         if self.probe_steps is None:
             return max(_PROBE_STEPS, enough)
         if 0 < self.probe_steps < enough:
@@ -204,6 +204,10 @@ class GrassConfig(_Block):
                 f'for; allowed: 0, null or at least {enough}; write "probe_steps": {enough}'
             )
         return self.probe_steps
+
+    def turns_for(self, num_blocks: int) -> int:
+        """Steps that reach every block, `active_layers` of them at a time."""
+        return math.ceil(num_blocks / self.active_layers)
 
     @model_validator(mode="before")
     @classmethod

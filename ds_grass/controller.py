@@ -15,7 +15,6 @@ Paper: arXiv 2604.07808, the probing and the adaptive phase. Not here: moving st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,8 +179,8 @@ class Controller:
         """Gradients come in parts: probe no more blocks a step than train at once, in as many steps as that takes."""
         if self.phase == PROBE and not self.probes_in_turns:
             self._found_parts = True
-            enough = math.ceil(self.num_blocks / self.config.active_layers)
-            self.probe_steps = max(self.probe_steps, self.counters["probe_steps"] + enough)
+            enough = self.counters["probe_steps"] + self.config.turns_for(self.num_blocks)
+            self.probe_steps = max(self.probe_steps, enough)
             self.active = self._probe_turn()
 
     def _begin_training(self) -> None:

@@ -199,9 +199,8 @@ def _guard_loading(engine: Any, module: ModuleType) -> None:
 
     def checked(load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("load_module_only", False):
-            kwargs["load_optimizer_states"] = (
-                False  # else DeepSpeed loads nothing at stage 3, and says nothing
-            )
+            # else DeepSpeed loads nothing at stage 3, and says nothing
+            kwargs["load_optimizer_states"] = False
         if kwargs.get("load_optimizer_states", True) and hasattr(engine.optimizer, "core"):
             engine.optimizer.check_checkpoint(engine._get_zero_ckpt_name(load_dir, tag))
         return load_weights(engine, load_dir, tag, *args, **kwargs)
