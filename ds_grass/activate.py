@@ -8,9 +8,11 @@ been executed.
 Contract: imports neither host, touches no device, can be called any number of times and never raises, because
 an exception here would break ``import torch`` for every program on the machine. What went wrong is kept in
 :data:`failures`. A failed installer leaves a guard behind that refuses a ``grass`` block with that traceback:
-a block that is silently ignored would train everything, and the loss would still go down.
+a block that is silently ignored would train everything, and the loss would still go down. A hook that only tells
+(:data:`OPTIONAL`) leaves a warning.
 
-Not covered: what the installers do (:mod:`ds_grass.engine_hooks`), and reading any config.
+Not covered: what the installers do (:mod:`ds_grass.engine_hooks`, :mod:`ds_grass.trainer_hooks`), and reading any
+config.
 """
 
 from __future__ import annotations
@@ -20,8 +22,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-HOOKS: dict[str, str] = {"deepspeed.runtime.engine": "ds_grass.engine_hooks:install"}
+HOOKS: dict[str, str] = {
+    "deepspeed.runtime.engine": "ds_grass.engine_hooks:install",
+    "transformers.trainer": "ds_grass.trainer_hooks:install",
+}
 """Module of a host -> "module:function" of ours that is called with it. One table for both packages."""
+
+OPTIONAL: dict[str, str] = {"transformers.trainer": "so the Trainer's log lacks the numbers of GRASS"}
+"""Hooks without which a block still runs -> what is missing then."""
 
 failures: dict[str, str] = {}
 """Module of a host, or "autoload" -> traceback of what failed there. Shown by ``ds_grass doctor``."""
@@ -130,8 +138,9 @@ def _install(name: str, module: ModuleType) -> None:
         getattr(import_module(module_path), function)(module)
         failures.pop(name, None)
     except Exception as error:  # an exception would break `import deepspeed`
-        _keep(name, error, "so a `grass` block in ds_config will be refused")
-        _refuse_blocks(module)
+        _keep(name, error, OPTIONAL.get(name, "so a `grass` block in ds_config will be refused"))
+        if name not in OPTIONAL:
+            _refuse_blocks(module)
 
 
 def _keep(name: str, error: Exception, consequence: str) -> None:

@@ -164,6 +164,8 @@ def _refuse_pipeline_and_experts(model: Any) -> None:
 
 def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) -> None:
     """Make this one engine choose our optimizer when it looks for a ZeRO optimizer."""
+    from ds_grass import step_hooks
+
     if plan.stage == 0:
         config_class.zero_config.stage = 1
         config_class.zero_optimization_stage = 1
@@ -182,6 +184,7 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
     # `object.__setattr__`: the engine is a torch module that has not been initialised yet
     object.__setattr__(engine, "_configure_zero_optimizer", configure)
     _guard_loading(engine, module)
+    step_hooks.watch(engine)
     # DeepSpeed sends bf16 weights with fp32 accumulation at stage 1 to another optimizer; ours does both
     object.__setattr__(engine, "_do_optimizer_sanity_check", lambda optimizer: module.ZERO_OPTIMIZATION)
 
@@ -230,7 +233,7 @@ def _our_optimizers(module: ModuleType, job: Any) -> Iterator[None]:
 
 def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
     """Everything resolved, and one line that says it."""
-    from ds_grass import agreement
+    from ds_grass import agreement, step_hooks
     from ds_grass.adam import check_optimizer
     from ds_grass.backward_cut import BackwardCut
     from ds_grass.controller import Controller
@@ -252,6 +255,7 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
         optimizer=optimizer,
         controller=Controller(config, _block_sizes(engine, layout), accumulation_steps=accumulation),
         log=GrassLog(config.log.path, config.log.enabled, is_writer=rank == 0),
+        send=step_hooks.sender(engine),
         at_boundary=lambda: (
             bool(engine.is_gradient_accumulation_boundary()) and not engine.inside_no_sync_ctxt
         ),

@@ -1,11 +1,10 @@
 """Reading grass.jsonl back: the lines of one run, as plain values.
 
 Contract: `read_run` takes any file, also one that is still being written or was cut by a killed job. What it
-cannot use it counts; it fails, with a ReportError of one line, only where nothing is left to report. A draw that
-was undone by loading an older checkpoint is dropped, and a stretch of steps whose draws the file does not hold
-is marked as unknown. Strings are those of the file, untouched: whoever shows them escapes them.
-
-Not covered: runs of a job that was restarted are not joined, they are different `run_id`s.
+cannot use it counts; it fails, with a ReportError of one line, only where nothing is left to report. A run that was
+resumed is one run: what it did beyond the checkpoint is dropped, what it cost goes on adding up. A stretch of steps
+whose draws the file does not hold is marked as unknown. Strings are those of the file, untouched: whoever shows them
+escapes them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,18 @@ from typing import Any
 from ds_grass.telemetry import DEFAULT_LOG_NAME
 
 _STATE_EVENTS = ("draw", "refresh")
+_BEGIN_EVENTS = ("start", "resume")
+_ADDING_UP = (
+    "bytes_to_device",
+    "bytes_to_host",
+    "wait_seconds",
+    "fetches",
+    "stashes",
+    "measuring_seconds",
+    "switching_seconds",
+    "telemetry_seconds",
+)
+"""Costs that count from the start of a process; the others are what is held now."""
 _LARGEST_COUNT = 2**53  # a step beyond it has no exact place on an axis
 
 
@@ -44,7 +55,7 @@ class State:
     effective_blocks: float
     visits: tuple[int, ...]
     costs: Mapping[str, float]
-    """Bytes and seconds of rank 0; what moved and what it took add up since the start of the process."""
+    """Bytes and seconds of rank 0; what moved and what it took add up over the processes of the run."""
     mode: str
     """Of the states: "resident", "stream", or empty."""
 
@@ -56,9 +67,11 @@ class Run:
     path: Path
     run_id: str
     facts: Mapping[str, Any]
-    """The start line; empty where the file has none."""
+    """The line that the run, or its last process, began with; empty where the file has none."""
     states: tuple[State, ...]
     """At least one; steps ascend."""
+    resumed: tuple[int, ...]
+    """Applied steps at which a new process went on; ascend."""
     skipped: tuple[int, ...]
     """Applied steps at which a step was skipped."""
     losses: tuple[tuple[int, float], ...]
@@ -111,7 +124,7 @@ class Run:
 
 
 def read_run(path: str | Path, run_id: str | None = None) -> Run:
-    """The run of a log, or of the grass.jsonl in a folder; by default the last that the file begins.
+    """The run of a log, or of the grass.jsonl in a folder; by default the last that began or was resumed.
 
     `run_id` may be the beginning of one. ReportError: no such file or run, or nothing was drawn yet.
     """
@@ -124,7 +137,10 @@ def read_run(path: str | Path, run_id: str | None = None) -> Run:
             if line is None:
                 broken += 1
             else:
-                by_run.setdefault(line["run_id"], []).append(line)
+                lines = by_run.setdefault(line["run_id"], [])
+                lines.append(line)
+                if line["event"] in _BEGIN_EVENTS:
+                    by_run[line["run_id"]] = by_run.pop(line["run_id"])  # the newest comes last
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ReportError(f"{path} cannot be read: {error}") from error
     chosen = _choose(path, list(by_run), run_id)
@@ -167,47 +183,93 @@ def _choose(path: Path, run_ids: list[str], wanted: str | None) -> str:
 
 
 def _run(path: Path, run_id: str, lines: list[dict], broken: int) -> Run:
-    facts: Mapping[str, Any] = {}
-    states: list[State] = []
-    skipped: list[int] = []
-    losses: dict[int, float] = {}
+    reader = _Reader(broken)
     for line in lines:
-        step = line.get("applied_steps", line.get("step"))
-        if line["event"] == "start":
-            facts = line
-        elif line["event"] in _STATE_EVENTS:
-            state = _state(line)
-            if state is None or (states and len(state.visits) != len(states[0].visits)):
-                broken += 1
-                continue
-            while states and states[-1].step >= state.step:  # an older checkpoint was loaded
-                states.pop()
-            states.append(state)
-        elif line["event"] == "skipped" and is_count(step):
-            skipped.append(step)
-        if is_count(step) and math.isfinite(_number(line.get("loss"))):
-            losses[step] = _number(line["loss"])
-    if not states and any(line["event"] in _STATE_EVENTS for line in lines):
-        raise ReportError(
-            f"{path} has draws of run {ascii(run_id)[1:-1]}, but none that can be read; it was written by another "
-            "version of ds_grass, use that one's report"
-        )
-    if not states:
-        raise ReportError(
-            f"{path} has no draw of run {ascii(run_id)[1:-1]} yet; wait until its probe is over, or choose an "
-            "earlier run with --run-id"
-        )
+        reader.take(line)
+    if not reader.states:
+        raise ReportError(_why_nothing(path, run_id, has_draws=reader.broken > broken))
     times = tuple(time for time in (_time(lines[0]), _time(lines[-1])) if time is not None)
     return Run(
         path=path,
         run_id=run_id,
-        facts=facts,
-        states=tuple(states),
-        skipped=tuple(skipped),
-        losses=tuple(sorted(losses.items())),
+        facts=reader.facts,
+        states=tuple(reader.states),
+        resumed=tuple(reader.resumed),
+        skipped=tuple(reader.skipped),
+        losses=tuple(sorted(reader.losses.items())),
         times=times if len(times) == 2 else (),
-        broken_lines=broken,
+        broken_lines=reader.broken,
     )
+
+
+def _why_nothing(path: Path, run_id: str, *, has_draws: bool) -> str:
+    name = ascii(run_id)[1:-1]
+    if has_draws:
+        return (
+            f"{path} has draws of run {name}, but none that can be read; it was written by another "
+            "version of ds_grass, use that one's report"
+        )
+    return (
+        f"{path} has no draw of run {name} yet; wait until its probe is over, or choose an "
+        "earlier run with --run-id"
+    )
+
+
+class _Reader:
+    """Takes the lines of one run in the order in which they were written."""
+
+    def __init__(self, broken: int) -> None:
+        self.broken = broken
+        self.facts: Mapping[str, Any] = {}
+        self.states: list[State] = []
+        self.resumed: list[int] = []
+        self.skipped: list[int] = []
+        self.losses: dict[int, float] = {}
+        self._before: dict[str, float] = {}
+        """What earlier processes of the run had cost, less what this one had when it resumed."""
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        step = line.get("applied_steps")
+        if line["event"] in _BEGIN_EVENTS:
+            self.facts = line
+        if line["event"] == "resume":
+            self._resume(line)
+        elif line["event"] in _STATE_EVENTS:
+            self._add(_state(line))
+        elif line["event"] == "skipped" and is_count(step):
+            self.skipped.append(step)
+        if is_count(step) and math.isfinite(_number(line.get("loss"))):
+            self.losses[step] = _number(line["loss"])
+
+    def _add(self, state: State | None) -> None:
+        if state is None or (self.states and len(state.visits) != len(self.states[0].visits)):
+            self.broken += 1
+            return
+        while self.states and self.states[-1].step >= state.step:  # an older checkpoint was loaded
+            self.states.pop()
+        added = {name: self._before.get(name, 0.0) for name in _ADDING_UP if name in state.costs}
+        costs = {name: value + added.get(name, 0.0) for name, value in state.costs.items()}
+        self.states.append(replace(state, costs=costs))
+
+    def _resume(self, line: Mapping[str, Any]) -> None:
+        """Lines beyond it are undone, should the log still have them; its own costs come before the run goes on."""
+        step, state = line.get("applied_steps"), _state(line)
+        if not is_count(step):
+            self.broken += 1
+            return
+        self.states = [known for known in self.states if known.step <= step]
+        self.skipped = [skipped for skipped in self.skipped if skipped <= step]
+        self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
+        self.resumed = [*(at for at in self.resumed if at < step), step]
+        if state is None:
+            return
+        so_far = self.states[-1].costs if self.states else {}
+        self._before = {
+            name: so_far.get(name, 0.0) - state.costs[name] for name in _ADDING_UP if name in state.costs
+        }
+        drawn = self.states[-1].counters.get("draws") if self.states else None
+        if line.get("phase") == "train" and drawn != state.counters.get("draws"):
+            self._add(state)  # the log does not hold the draw of what trains now
 
 
 def _state(line: Mapping[str, Any]) -> State | None:
@@ -219,7 +281,7 @@ def _state(line: Mapping[str, Any]) -> State | None:
         return None
     states = line.get("states") if isinstance(line.get("states"), dict) else {}
     costs = {name: _number(value) for name, value in states.items()}
-    for name in ("measuring_seconds", "switching_seconds"):
+    for name in ("measuring_seconds", "switching_seconds", "telemetry_seconds"):
         costs[name] = _number(line.get(name))
     mode = states.get("mode")
     return State(

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from deepspeed import comm as dist
 
 import ds_grass
-from ds_grass.telemetry import few_draws_warning, start_line
+from ds_grass.start_line import few_draws_warning, start_line
 from ds_grass.zero.core import GrassCore
 
 logger = logging.getLogger("ds_grass")
@@ -17,7 +17,7 @@ logger = logging.getLogger("ds_grass")
 def announce(core: GrassCore) -> None:
     """Log the start line on rank 0, warn when the run is too short for its draws, and begin the log."""
     facts = _facts(core)
-    core.job.log.write("start", **facts, blocks=[block.name for block in core.job.layout.blocks])
+    core.journal.start(facts)
     if dist.get_rank() != 0:
         return
     _make_visible()
@@ -27,8 +27,6 @@ def announce(core: GrassCore) -> None:
                                     core.controller.probe_steps)  # fmt: skip
         if warning:
             logger.warning("grass: %s", warning)
-    if not core.probing:
-        core.log_state("draw")
 
 
 def _facts(core: GrassCore) -> dict:
@@ -45,7 +43,7 @@ def _facts(core: GrassCore) -> dict:
         "active_params": sum(core.units[key].numel for key in largest),
         "outer": config.outer,
         "outer_params": outer,
-        "probe_steps": controller.probe_steps,
+        "planned_probe_steps": controller.probe_steps,
         "sampling_period": config.sampling_period,
         "refresh_period": config.refresh_period,
         "states_mode": config.states.mode,

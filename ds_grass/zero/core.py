@@ -27,6 +27,7 @@ from ds_grass.layers import Layout
 from ds_grass.state_store import StateStore
 from ds_grass.telemetry import GrassLog, OwnTime
 from ds_grass.units import Unit, reduction_order
+from ds_grass.zero.journal import Journal
 from ds_grass.zero.placement import resident_fits
 from ds_grass.zero.reducer import GradientReducer
 
@@ -43,6 +44,8 @@ class Job:
     """The user's; only its groups are read."""
     controller: Controller
     log: GrassLog
+    send: Callable[[Mapping], None] | None
+    """Gives the numbers of a log line to DeepSpeed's monitor; None when none is on."""
     at_boundary: Callable[[], bool]
     """True while the micro-batch that completes an optimizer step is running."""
     ranks_on_node: int
@@ -92,6 +95,14 @@ class GrassCore:
         self.clip_grad = clip_grad
         self.measuring_time = OwnTime()
         self.switch_time = OwnTime()
+        self.journal = Journal(
+            job.log,
+            job.controller,
+            tells=dist.get_rank() == 0,
+            costs=self._costs,
+            block_names=[block.name for block in job.layout.blocks],
+            send=job.send,
+        )
         self._squares: dict[int, Tensor] = {}
         self._measured_twice = False
         self._mode_is_open = job.config.states.mode is None
@@ -165,6 +176,7 @@ class GrassCore:
 
         `scale_may_fall`: a dynamic scaler is still above its floor, so that any number of skips is ordinary.
         """
+        self.journal.begin_step()
         with self.measuring_time:
             squares = self._global_squares()
         if squares is None:
@@ -240,13 +252,14 @@ class GrassCore:
         if transition.active_changed or transition.phase_before != self.controller.phase:
             self.switch()
         if transition.drew or transition.refreshed:
-            self.log_state("refresh" if not transition.drew else "draw")
+            self.journal.drew("refresh" if not transition.drew else "draw")
 
     def _repeat_probe_step(self) -> StepResult:
         """Parts of a norm are no norm: measure again, keeping gradients until the boundary, so a few blocks a step."""
         self._measured_twice = False
         self.controller.probe_in_turns()
         self.switch()
+        self.journal.measures_in_turns()
         return StepResult(applied=False, finite=True, grad_norm=0.0)
 
     def _skip(self, squares: Mapping[int, float], scale_may_fall: bool) -> StepResult:
@@ -256,7 +269,7 @@ class GrassCore:
         if dist.get_rank() == 0:
             where, so_far = ", ".join(names) or "their sum", counters["skipped_steps"] + 1
             logger.warning("grass: non-finite gradient in %s; step skipped (%d so far)", where, so_far)
-        self.job.log.write("skipped", step=counters["applied_steps"], blocks=names)
+        self.journal.skipped(names)
         self.reducer.clear()
         self._squares.clear()
         self.controller.advance(None, may_end=not scale_may_fall)
@@ -303,7 +316,7 @@ class GrassCore:
                 return None
             self.reducer.reduce_late(late_anywhere)
 
-    # -- agreement and telemetry ------------------------------------------------------------------------------------
+    # -- agreement and costs ----------------------------------------------------------------------------------------
 
     def _verify_draw(self) -> None:
         """Every rank must hold the set that rank 0 drew; a rank that differs is named."""
@@ -324,14 +337,11 @@ class GrassCore:
                 "all ranks must hold the same importance: check that every rank runs the same step and the same config"
             )
 
-    def log_state(self, event: str) -> None:
-        """One line of the log: what trains, why, and what it costs."""
-        self.job.log.write(
-            event,
-            **self.controller.log_fields(),
-            names=[self.job.layout.blocks[block].name for block in self.controller.active],
-            states={"mode": self.store.mode, **self.store.counters},
-            reduced=dict(self.reducer.counters),
-            measuring_seconds=round(self.measuring_time.seconds, 6),
-            switching_seconds=round(self.switch_time.seconds, 6),
-        )
+    def _costs(self) -> dict:
+        """Bytes and seconds so far, for a line of the log."""
+        return {
+            "states": {"mode": self.store.mode, **self.store.counters},
+            "reduced": dict(self.reducer.counters),
+            "measuring_seconds": round(self.measuring_time.seconds, 6),
+            "switching_seconds": round(self.switch_time.seconds, 6),
+        }

@@ -147,9 +147,10 @@ class HostOptimizer:
 
     def _grass_state(self) -> dict:
         core = self.core
-        return checkpoint.grass_state(
+        state = checkpoint.grass_state(
             self.units, self.param_groups, core.store, core.controller, core.reducer.counters
         )
+        return {**state, "log": core.journal.identity()}
 
     def _restore_grass(
         self, state: Mapping, masters: Sequence[Tensor], moments: Mapping[int, Mapping]
@@ -163,6 +164,7 @@ class HostOptimizer:
         self.core.controller.load_state_dict(state["controller"])
         self.core.reducer.counters.update(state["counters"])
         self.core.switch()
+        self.core.journal.resume(state.get("log"))  # absent in older files
 
     def check_checkpoint(self, path: str) -> None:
         """Raise ValueError for another job's file, of which only the small values are read; nothing has changed."""

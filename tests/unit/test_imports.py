@@ -45,7 +45,12 @@ ORDER = """
 
     ds_grass.adam
     ds_grass.agreement
+    ds_grass.log_cut
     ds_grass.telemetry
+    ds_grass.start_line
+    ds_grass.loss_meter
+    ds_grass.probe_bar
+    ds_grass.scalars
     ds_grass.backward_cut
 
     ds_grass.zero
@@ -53,6 +58,7 @@ ORDER = """
     ds_grass.zero.placement
     ds_grass.zero.shards
     ds_grass.zero.reducer
+    ds_grass.zero.journal
     ds_grass.zero.core
     ds_grass.zero.announce
     ds_grass.zero.checkpoint
@@ -62,7 +68,9 @@ ORDER = """
     ds_grass.zero.stages012
     ds_grass.zero.stage3
 
+    ds_grass.step_hooks
     ds_grass.engine_hooks
+    ds_grass.trainer_hooks
     ds_grass.doctor
     ds_grass.report.log
     ds_grass.report.page

@@ -19,7 +19,8 @@ import torch
 
 from ds_grass import telemetry
 from ds_grass.config import GrassConfig
-from ds_grass.telemetry import GrassLog, OwnTime, few_draws_warning, human_bytes, human_count, start_line
+from ds_grass.start_line import few_draws_warning, start_line
+from ds_grass.telemetry import GrassLog, OwnTime, human_bytes, human_count
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -237,7 +238,7 @@ FACTS: dict[str, Any] = {
     "active_params": 1_486_999_552,
     "outer": "always",
     "outer_params": 1_050_677_248,
-    "probe_steps": 16,
+    "planned_probe_steps": 16,
     "sampling_period": 50,
     "refresh_period": 100,
     "states_mode": None,
@@ -280,7 +281,7 @@ def test_start_line_of_other_choices() -> None:
             "other_lists": (),
             "outer": ["lm_head", "norm"],
             "outer_params": 0,
-            "probe_steps": 0,
+            "planned_probe_steps": 0,
             "sampling_period": None,
             "refresh_period": None,
             "states_mode": "resident",
