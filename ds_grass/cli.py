@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 
 if TYPE_CHECKING:
-    from .doctor import Finding
+    from .finding import Finding
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="look at this ds_config too: its block, and conflicts")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
@@ -49,7 +50,7 @@ def _run_doctor(parsed: argparse.Namespace) -> int:
     from . import doctor
 
     with redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output while it is imported
-        findings = doctor.examine()
+        findings = doctor.examine(parsed.config)
     healthy = doctor.is_healthy(findings)
     if parsed.json:
         document = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
@@ -85,9 +86,10 @@ def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
         if finding.detail:
             console.print(f"\n[bold]{escape(finding.name)}[/]")
             console.print(Padding(escape(finding.detail), (0, 2)))
-    verdict = "[green]A `grass` block in ds_config runs here.[/]"
+    which = "This ds_config" if any(finding.section == "config" for finding in findings) else "A `grass` block in ds_config"
+    verdict = f"[green]{which} runs here.[/]"
     if not healthy:
-        verdict = "[bold red]A `grass` block in ds_config does not run here; see the problems above.[/]"
+        verdict = f"[bold red]{which} does not run here; see the problems above.[/]"
     console.print(f"\n{verdict}")
 
 

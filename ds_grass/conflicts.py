@@ -11,7 +11,7 @@ Not covered: what it takes a model or an optimizer object to see: MoE layers, pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,12 +212,20 @@ def check(ds_config: DsConfig, config: GrassConfig) -> None:
     """Raise ``ValueError`` if `ds_config` asks for something that cannot work beside an enabled block."""
     if not config.enabled:
         return
-    broken = [(rule, value) for rule in RULES if (value := _conflict(rule, ds_config, config)) is not None]
+    broken = list(conflicts_of(ds_config, config))
     if broken:
-        rule, value = broken[0]
-        also = ", ".join(other.key for other, _ in broken[1:])
+        key, value, why, do = broken[0]
+        also = ", ".join(other for other, *_ in broken[1:])
         more = f" (also in conflict: {also})" if also else ""
-        raise ValueError(f"{rule.key} is {shown(value)}, but {rule.why}; {rule.do}{more}")
+        raise ValueError(f"{key} is {shown(value)}, but {why}; {do}{more}")
+
+
+def conflicts_of(ds_config: DsConfig, config: GrassConfig) -> Iterator[tuple[str, object, str, str]]:
+    """Every key in conflict, with its value, the reason, and what to do."""
+    for rule in RULES:
+        value = _conflict(rule, ds_config, config)
+        if value is not None:
+            yield rule.key, value, rule.why, rule.do
 
 
 def _conflict(rule: Rule, ds_config: DsConfig, config: GrassConfig) -> object | None:

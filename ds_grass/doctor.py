@@ -1,12 +1,12 @@
 """What ``ds_grass doctor`` reports: whether GRASS would run here, and if not, why.
 
 Purpose: in this field a feature that silently does not run still shows a falling loss, so everything that
-decides it is put in one report: versions, the import hook as a training script would get it, the native
-kernels, host memory.
+decides it is put in one report: versions, the import hook as a training script would get it, the private names
+of DeepSpeed that are relied on, the native kernels, host memory, and a ds_config if one is given.
 
 Contract: :func:`examine` returns findings and never raises for what is broken on the machine; a broken thing
 is a finding with state "problem" and the cure beside it. The hook is looked at in a fresh interpreter, because
-this one imported ds_grass by hand. Not covered: other nodes of a job (run it there), any ds_config.
+this one imported ds_grass by hand. Not covered: other nodes of a job (run it there).
 """
 
 from __future__ import annotations
@@ -15,53 +15,49 @@ import importlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Literal
 
-PACKAGES = ("ds-grass", "torch", "deepspeed", "transformers", "accelerate", "megatron-core")
+from ds_grass import machine
+from ds_grass.config_file import config_file
+from ds_grass.finding import Finding
+
+NEEDED = ("ds-grass", "torch", "deepspeed", "pydantic", "rich")
+OPTIONAL = ("transformers", "accelerate", "matplotlib", "tensorboard", "wandb", "comet-ml", "megatron-core")
 HOST_MODULE = "deepspeed.runtime.engine"
+TRAINER_MODULE = "transformers.trainer"
 _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 _PROBE = f"""
-import json, sys
+import importlib, json, sys
 import torch
-found = {{"finder": any(getattr(finder, "is_ds_grass", False) for finder in sys.meta_path)}}
-try:
-    import {HOST_MODULE} as engine
-    found["error"] = None
-    found["classes"] = [
-        name for name, value in vars(engine).items()
-        if isinstance(value, type) and hasattr(value.__init__, "__grass_wrapped__")
-    ]
-except ImportError as error:
-    found["error"] = str(error)
-    found["classes"] = []
+found = {{"finder": any(getattr(finder, "is_ds_grass", False) for finder in sys.meta_path), "hooked": {{}}, "errors": {{}}}}
+for name, method in (("{HOST_MODULE}", "__init__"), ("{TRAINER_MODULE}", "log")):
+    try:
+        module = importlib.import_module(name)
+        found["hooked"][name] = [
+            name for name, value in vars(module).items()
+            if isinstance(value, type) and hasattr(getattr(value, method, None), "__grass_wrapped__")
+        ]
+    except ImportError as error:
+        found["errors"][name] = str(error)
 activate = sys.modules.get("ds_grass.activate")
 found["failures"] = dict(activate.failures) if activate else {{}}
 sys.__stdout__.write("\\nprobe:" + json.dumps(found))
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; `cure` says what to do about a note or a problem, `detail` is a traceback."""
-
-    section: Literal["versions", "activation", "kernels", "memory"]
-    name: str
-    value: str
-    state: Literal["ok", "note", "problem"] = "ok"
-    cure: str = ""
-    detail: str = ""
-
-
-def examine(timeout_s: float = 120.0) -> list[Finding]:
-    """All findings, in the order of the report. The interpreter it starts may take `timeout_s` seconds."""
-    return [*_versions(), *_activation(timeout_s), *_kernels(), *_memory()]
+def examine(config: str | None = None, timeout_s: float = 120.0) -> list[Finding]:
+    """All findings, in the order of the report. `config`: path of a ds_config to look at, too. The interpreter that
+    is started may take `timeout_s` seconds."""
+    findings = [*_versions(), *_activation(timeout_s)]
+    if _installed("deepspeed") is not None:
+        findings += _symbols()
+    if _installed("torch") is not None:
+        findings += [*machine.kernels(), *machine.memory()]
+    return findings if config is None else [*findings, *config_file(config)]
 
 
 def is_healthy(findings: list[Finding]) -> bool:
@@ -71,36 +67,39 @@ def is_healthy(findings: list[Finding]) -> bool:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
-    for package in PACKAGES:
+    for package in NEEDED:
         installed = _installed(package)
         if installed is not None:
             yield Finding("versions", package, installed)
         elif package == "ds-grass":
             cure = "pip install it, so that PyTorch finds its entry point"
             yield Finding("versions", package, "not installed, imported from a folder", "note", cure)
-        elif package in ("torch", "deepspeed"):
-            yield Finding("versions", package, "not installed", "problem", f"pip install {package}")
         else:
-            yield Finding("versions", package, "not installed (optional)")
-    if _installed("deepspeed") is not None:
-        yield _supported_deepspeed()
+            yield Finding("versions", package, "not installed", "problem", f"pip install {package}")
+    for package in OPTIONAL:
+        yield Finding("versions", package, _installed(package) or "not installed (optional)")
 
 
-def _supported_deepspeed() -> Finding:
-    name = "deepspeed supported"
+def _symbols() -> Iterator[Finding]:
+    """Every private or unstable name of DeepSpeed that is relied on, module by module; then the version."""
     try:
         compat = importlib.import_module("ds_grass.zero.compat")
-        missing = [*dict.fromkeys(compat.missing(2) + compat.missing(3))]
-        supported = compat.is_supported()
+        needed, supported = compat.by_module(3), compat.is_supported()  # stage 3 needs all that the others need
     except ImportError as error:
-        return Finding("versions", name, f"cannot be told: {error}", "problem", "repair that import")
-    if missing:
-        cure = f"install deepspeed{compat.SUPPORTED}"
-        return Finding("versions", name, f"no: it lacks {', '.join(missing)}", "problem", cure)
-    if not supported:
-        cure = "it may well work: every name that is needed is there"
-        return Finding("versions", name, f"not tried; tried is {compat.SUPPORTED}", "note", cure)
-    return Finding("versions", name, f"yes ({compat.SUPPORTED})")
+        yield Finding("symbols", "deepspeed", f"cannot be told: {error}", "problem", "repair that import")
+        return
+    for module, (count, absent) in needed.items():
+        if absent:
+            cure = f"install deepspeed{compat.SUPPORTED}"
+            yield Finding("symbols", module, f"lacks {', '.join(absent)}", "problem", cure)
+        else:
+            names = "name is" if count == 1 else "names are"
+            yield Finding("symbols", module, f"{count} {names} as expected")
+    if supported:
+        yield Finding("symbols", "deepspeed supported", f"yes ({compat.SUPPORTED})")
+    else:
+        cure = "it may well work where every name above is there"
+        yield Finding("symbols", "deepspeed supported", f"not tried; tried is {compat.SUPPORTED}", "note", cure)
 
 
 def _activation(timeout_s: float) -> Iterator[Finding]:
@@ -133,15 +132,31 @@ def _hook_in_a_fresh_interpreter(timeout_s: float) -> Iterator[Finding]:
         return
     for module, text in found["failures"].items():
         name_of_step, last = f"installing on {module}", text.strip().splitlines()[-1]
-        yield Finding("activation", name_of_step, last, "problem", "repair what it says", detail=text)
-    if found["error"] is not None:
-        yield problem(f"nothing to hook: {found['error']}", "pip install deepspeed")
-    elif found["classes"]:
-        yield Finding("activation", name, f"live on {HOST_MODULE}: {', '.join(found['classes'])}")
+        state = "note" if module == TRAINER_MODULE else "problem"
+        yield Finding("activation", name_of_step, last, state, "repair what it says", detail=text)
+    error, classes = found["errors"].get(HOST_MODULE), found["hooked"].get(HOST_MODULE)
+    if error is not None:
+        yield problem(f"nothing to hook: {error}", "pip install deepspeed")
+    elif classes:
+        yield Finding("activation", name, f"live on {HOST_MODULE}: {', '.join(classes)}")
     elif found["finder"]:
         yield problem("the finder is in place but no class is hooked", "see the lines above")
     else:
         yield problem("not in place after `import torch`", "see the lines above")
+    yield from _trainer_hook(found)
+
+
+def _trainer_hook(found: dict) -> Iterator[Finding]:
+    """Not needed to train: without it the Trainer's log lacks GRASS's numbers."""
+    name, classes = "hook on the Trainer", found["hooked"].get(TRAINER_MODULE)
+    if classes:
+        yield Finding("activation", name, f"live on {TRAINER_MODULE}: {', '.join(classes)}")
+    elif classes is not None:
+        cure = "see the lines above; a job runs without it"
+        yield Finding("activation", name, "not in place: its log will lack the numbers of GRASS", "note", cure)
+    elif _installed("transformers") is not None:
+        reason = found["errors"].get(TRAINER_MODULE, "unknown")
+        yield Finding("activation", name, f"nothing to hook: {reason}", "note", "repair it to use the Trainer")
 
 
 def _probe(timeout_s: float) -> dict:
@@ -155,43 +170,8 @@ def _probe(timeout_s: float) -> dict:
     return json.loads(answer)
 
 
-def _kernels() -> Iterator[Finding]:
-    if _installed("torch") is None:
-        return
-    ops = importlib.import_module("ds_grass.ops")
-    loaded, reason = ops.native()
-    yield Finding("kernels", "native", reason, "ok" if loaded else "note")
-    torch = importlib.import_module("torch")
-    if torch.cuda.is_available():
-        devices = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-        yield Finding("kernels", "device", f"CUDA {torch.version.cuda}, {devices}")
-    else:
-        yield Finding("kernels", "device", "CPU: no CUDA device is visible")
-
-
-def _memory() -> Iterator[Finding]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
-        yield Finding("memory", "pinned memory (ulimit -l)", "unlimited")
-    else:
-        cure = "raise it if pinning fails, or set grass.states.pin_memory to false"
-        yield Finding("memory", "pinned memory (ulimit -l)", _size(soft), "note", cure)
-    if _installed("torch") is None:
-        return
-    available = importlib.import_module("ds_grass.host_memory").available_bytes()
-    if available is not None:
-        need = "by default GRASS keeps 12 bytes a parameter there"
-        yield Finding("memory", "host memory available", f"{_size(available)}; {need}")
-
-
 def _installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _size(count_bytes: int) -> str:
-    if count_bytes < 2**30:
-        return f"{count_bytes / 2**20:.0f} MiB"
-    return f"{count_bytes / 2**30:.1f} GiB"

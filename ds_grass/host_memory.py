@@ -102,7 +102,12 @@ def check_host_capacity(
 
 def available_bytes() -> int | None:
     """Memory this node can still give: the smaller of what is available and what the cgroup leaves; None if unknown."""
-    return min(_bounds(Path("/proc"), Path("/sys/fs/cgroup")).values(), default=None)
+    return min(bounds().values(), default=None)
+
+
+def bounds() -> dict[str, int]:
+    """Bytes left by each thing that bounds the host's memory, as far as they are known, by name."""
+    return _bounds(Path("/proc"), Path("/sys/fs/cgroup"))
 
 
 def _bounds(proc: Path, cgroup: Path) -> dict[str, int]:

@@ -63,10 +63,16 @@ NEEDED_BY_STAGE_3 = {
 
 def missing(stage: int) -> list[str]:
     """Dotted paths of needed names that the installed DeepSpeed does not have."""
+    return [path for _, absent in by_module(stage).values() for path in absent]
+
+
+def by_module(stage: int) -> dict[str, tuple[int, list[str]]]:
+    """For each module of DeepSpeed how many of its names are needed, and the dotted paths of those it lacks."""
     table = {**NEEDED, **(NEEDED_BY_STAGE_3 if stage == 3 else {})}
-    return [
-        f"{module}.{path}" for module, paths in table.items() for path in paths if not _exists(module, path)
-    ]
+    return {
+        module: (len(paths), [f"{module}.{path}" for path in paths if not _exists(module, path)])
+        for module, paths in table.items()
+    }
 
 
 def check(stage: int) -> None:

@@ -71,6 +71,9 @@ ORDER = """
     ds_grass.step_hooks
     ds_grass.engine_hooks
     ds_grass.trainer_hooks
+    ds_grass.finding
+    ds_grass.machine
+    ds_grass.config_file
     ds_grass.doctor
     ds_grass.report.log
     ds_grass.report.page
