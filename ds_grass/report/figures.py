@@ -232,7 +232,7 @@ def draw_loss(runs: Sequence[Run]) -> Figure | None:
             linewidth=1.2,
             marker=marker,
         )
-    grid[0][0].set_ylabel("loss, as logged")
+    grid[0][0].set_ylabel("training loss\n(mean, rank 0)")
     return figure
 
 
@@ -253,7 +253,13 @@ _PLANS = (
         "shade is the share of them. Grey: not known." + _OPEN,
         draw_blocks,
     ),
-    _Plan("loss", "Loss", "Loss as the log has it.", draw_loss),
+    _Plan(
+        "loss",
+        "Training loss",
+        "What the first rank gave to backward, averaged over the steps since the point before; the first point is the "
+        "average over the probe, in which nothing was updated.",
+        draw_loss,
+    ),
     _Plan(
         "importance",
         "Importance",

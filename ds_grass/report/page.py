@@ -160,6 +160,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "run id", run.run_id
     yield "log", str(run.path)
     yield "time span", _time_span(run)
+    yield "resumed", _resumed(run)
     yield "policy", _plain(facts.get("policy"))
     yield "blocks", _blocks(run)
     yield "blocks active at once", str(len(last.active))
@@ -194,6 +195,12 @@ def _time_span(run: Run) -> str:
     return f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S} UTC ({span})"
 
 
+def _resumed(run: Run) -> str:
+    steps = [f"{step:,}" for step in run.resumed[-8:]]
+    more = "..., " if len(run.resumed) > 8 else ""
+    return f"at step{'s' if len(run.resumed) > 1 else ''} {more}{', '.join(steps)}" if steps else "no"
+
+
 def _blocks(run: Run) -> str:
     others = run.facts.get("other_lists")
     text = f"{run.num_blocks} of {_plain(run.facts.get('lists'))}"
@@ -224,7 +231,12 @@ def _moved(run: Run) -> str:
 
 
 def _seconds(run: Run) -> str:
-    names = {"wait_seconds": "waiting", "measuring_seconds": "measuring", "switching_seconds": "switching"}
+    names = {
+        "wait_seconds": "waiting",
+        "measuring_seconds": "measuring",
+        "switching_seconds": "switching",
+        "telemetry_seconds": "telling",
+    }
     told = [f"{text} {run.last.costs[name]:.3g} s" for name, text in names.items() if name in run.last.costs]
     return ", ".join(told) or _NONE
 

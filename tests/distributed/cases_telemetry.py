@@ -90,8 +90,9 @@ def monitor_is_given_every_draw_once(ctx: Context, stage: int, monitor: str) -> 
     if monitor == "tensorboard":
         pytest.importorskip("tensorboard")
     recorded = _Recorded()
-    options = {"output_path": str(ctx.folder / "out"), "job_name": "job"}
-    monitored = {monitor: {"enabled": True, **({} if monitor in ("wandb", "comet") else options)}}
+    to_files = {"output_path": str(ctx.folder / "out"), "job_name": "job"}
+    options = {"wandb": {}, "comet": {"samples_log_interval": 1}}.get(monitor, to_files)  # Comet's default is 100
+    monitored = {monitor: {"enabled": True, **options}}
     job = jobs.Job(stage=stage, extra=monitored, grass={"probe_steps": PROBE, "sampling_period": PERIOD})
     model = job.build()  # its library looks for wandb, and would find a stub
     with _installed(recorded.modules()), jobs.engine_of(job, model=model) as engine:

@@ -14,7 +14,7 @@ import pytest
 from ds_grass import cli
 from ds_grass.report.log import ReportError, read_run
 from ds_grass.report.page import Picture, render
-from tests.made_logs import write_made_log
+from tests.made_logs import MadeRun, write_made_log
 
 SCRIPT = "<script>alert('x')</script>"
 REPOSITORY = Path(__file__).parents[2]
@@ -58,14 +58,15 @@ def test_made_lines_have_the_keys_of_the_engine(log):
     core, announce = (
         (REPOSITORY / "ds_grass/zero" / name).read_text() for name in ("core.py", "announce.py")
     )
-    (log_state,) = [node for node in ast.walk(ast.parse(core)) if getattr(node, "name", "") == "log_state"]
-    (write,) = [node for node in ast.walk(log_state) if isinstance(node, ast.Call) and len(node.args) == 1
-                and getattr(node.func, "attr", "") == "write"]  # fmt: skip
-    keys = {keyword.arg for keyword in write.keywords} - {None}
-    assert keys <= set(state_events(log)[0])
-    (facts,) = [node for node in ast.walk(ast.parse(announce)) if getattr(node, "name", "") == "_facts"]
-    (told,) = [node for node in ast.walk(facts) if isinstance(node, ast.Dict)]
-    assert {key.value for key in told.keys} <= set(lines_of(log)[0])
+    assert _keys_told(core, "_costs") <= set(state_events(log)[0])
+    assert _keys_told(announce, "_facts") <= set(lines_of(log)[0])
+
+
+def _keys_told(source: str, function: str) -> set[str]:
+    """Keys of the dictionary that the function returns."""
+    (found,) = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == function]
+    (answer,) = [node.value for node in ast.walk(found) if isinstance(node, ast.Return)]
+    return {key.value for key in answer.keys}
 
 
 def test_line_being_written_is_ignored_and_broken_ones_are_counted(log):
@@ -110,6 +111,61 @@ def test_draws_undone_by_an_older_checkpoint_are_dropped(log):
     assert read_run(log).edges == (0, 25, 50, 75, 100)
 
 
+def test_resumed_run_is_read_as_one(tmp_path):
+    """Saved at 60, killed at 130, resumed by a new process: what was undone is gone, costs go on adding up."""
+    path = tmp_path / "grass.jsonl"
+    first = MadeRun(path)
+    first.train(60)
+    saved = first.save()
+    first.train(130)
+    undone = [line for line in lines_of(path) if line.get("applied_steps", 0) > 60]
+    second = MadeRun(path)
+    second.resume(saved)
+    second.train(120)
+    run = read_run(path)
+    assert run.run_id == first.journal.log.run_id == second.journal.log.run_id
+    assert (run.resumed, run.edges, all(run.is_known)) == ((60,), (0, 25, 50, 75, 100, 125), True)
+    assert len(undone) == 3
+    assert not [line for line in undone if line in lines_of(path)]
+    assert [line["event"] for line in lines_of(path)].count("start") == 1
+    assert [step for step, _ in run.losses] == [0, 25, 50, 75, 100]
+    moved = [state.costs["bytes_to_host"] for state in run.states]
+    assert moved == sorted(moved)
+    # steps 50 to 75 span both processes: the first's last line, then what the second moved
+    after = [line for line in state_events(path) if line["applied_steps"] == 75][0]["states"]["bytes_to_host"]
+    assert moved[3] - moved[2] == after
+    assert "at step 60" in render([run], [])
+
+
+def test_resumed_run_whose_log_was_not_cut_is_read_as_one(log):
+    """The lines that resuming could not drop, and a resumption in another folder, which has the rest only."""
+    run, path = MadeRun(log.parent / "other.jsonl"), log.parent / "other.jsonl"
+    run.train(60)
+    saved = run.save()
+    run.train(100)
+    before = lines_of(path)
+    run.resume(saved)
+    run.train(80)
+    resumed = [line for line in lines_of(path) if line not in before]
+    rewrite(path, before + resumed)
+    found = read_run(path)
+    assert (found.edges, found.resumed, all(found.is_known)) == ((0, 25, 50, 75, 100), (60,), True)
+    rewrite(path, resumed)
+    found = read_run(path)
+    assert (found.edges, found.resumed, all(found.is_known)) == ((60, 75, 100), (60,), True)
+    assert found.facts["num_blocks"] == 12
+
+
+def test_run_resumed_last_is_taken_before_one_that_began_last(log):
+    path = log.parent / "other.jsonl"
+    first = MadeRun(path)
+    first.train(60)
+    second = write_made_log(path, num_steps=50)
+    assert read_run(path).run_id == second
+    MadeRun(path).resume(first.save())
+    assert read_run(path).run_id == first.journal.log.run_id
+
+
 def test_last_run_of_a_file_is_taken_unless_another_is_named(log):
     first = read_run(log).run_id
     second = write_made_log(log, num_blocks=5, num_steps=50)
@@ -129,7 +185,7 @@ def test_missing_and_odd_values_are_left_out(log):
             "probabilities": [1, 2],
             "time": 3,
         }
-        del line["measuring_seconds"]
+        del line["measuring_seconds"], line["telemetry_seconds"]
     lines[1]["importance"] = ["nan", None, "inf", 10**400, *[0.5] * 8]
     rewrite(log, lines)
     run = read_run(log)
@@ -219,6 +275,7 @@ def test_first_line_alone_draws_what_it_has(log):
         "probabilities": [],
         "effective_blocks": None,
         "states": {},
+        "loss": None,
     }
     rewrite(log, [line])
     assert [picture.name for picture in draw_all([read_run(log)])] == ["blocks", "visits"]
