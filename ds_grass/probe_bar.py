@@ -30,7 +30,7 @@ class ProbeBar:
 
     def show(self, done: int, total: int) -> None:
         """Draw `done` of `total` steps, at most ten times a second; opens the bar if need be."""
-        if self._progress is None and not self._open():
+        if self._progress is None and not self._open(done, total):
             return
         now = time.monotonic()
         is_due = now - self._drawn_at >= _REDRAW_SECONDS
@@ -44,7 +44,7 @@ class ProbeBar:
             self._at_exit()  # at most once, also if this is the second call
         self._progress = self._at_exit = None
 
-    def _open(self) -> bool:
+    def _open(self, done: int, total: int) -> bool:
         if not sys.stderr.isatty():
             return False
         from rich.console import Console
@@ -63,8 +63,9 @@ class ProbeBar:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._task = self._progress.add_task("")
-        self._progress.start()
+        self._task = self._progress.add_task("", completed=done, total=total)
+        self._progress.start()  # draws it
+        self._drawn_at = time.monotonic()
         console.show_cursor(True)
         self._at_exit = weakref.finalize(self, self._progress.stop)
         return True

@@ -256,6 +256,21 @@ def test_failed_installer_refuses_a_block_with_the_traceback(broken_engine):
         broken_engine.DeepSpeedEngine(config_class=_Config({"grass": {}}))
 
 
+def test_failed_optional_installer_warns_of_what_is_missing_and_refuses_nothing(host, monkeypatch, caplog):
+    monkeypatch.setattr(activate, "OPTIONAL", {HOST: "so the log lacks numbers"})
+    monkeypatch.setattr(activate, "HOOKS", {HOST: "no_such_module_of_ours:install"})
+    activate.autoload()
+    with caplog.at_level(logging.WARNING):
+        engine = importlib.import_module(HOST)
+    (record,) = caplog.records
+    assert "so the log lacks numbers" in record.getMessage()
+    assert engine.DeepSpeedEngine(config_class=_Config({"grass": {}})).built
+
+
+def test_hooks_that_may_fail_are_hooks():
+    assert set(activate.OPTIONAL) < set(activate.HOOKS)
+
+
 def test_failed_installer_lets_a_disabled_block_pass(broken_engine):
     assert broken_engine.DeepSpeedEngine(config_class=_Config({"grass": {"enabled": False}})).built
 
