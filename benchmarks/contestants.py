@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ class Contestant:
     """Spent so far on norms, importance and draws."""
     switching_seconds: Callable[[], float] = field(default=lambda: 0.0)
     """Spent so far on exchanging the active set."""
-    """Host time inside this package's measuring and deciding so far."""
+    telemetry_seconds: Callable[[], float] = field(default=lambda: 0.0)
+    """Spent so far on the log, the loss and the probe's bar."""
     host_bytes: Callable[[], int] = field(default=lambda: 0)
     """Host memory of optimizer states."""
 
@@ -70,7 +73,7 @@ def build(name: str, settings: Namespace) -> Contestant:
             "refresh_period": settings.period,
             "probe_steps": PROBE_STEPS,
             "states": GRASS_STATES[name],
-            "log": {"enabled": False},
+            "log": {"path": str(Path(tempfile.mkdtemp(prefix="grass-step-")) / "grass.jsonl")},
         }
         return build_engine(name, model, settings, grass=block)
     raise ValueError(f"no contestant is called {name!r}; there are {', '.join(names(settings))}")
@@ -132,6 +135,7 @@ def build_engine(
         core = engine.optimizer.core
         contestant.measuring_seconds = lambda: core.measuring_time.seconds
         contestant.switching_seconds = lambda: core.switch_time.seconds
+        contestant.telemetry_seconds = lambda: core.journal.time.seconds
         contestant.host_bytes = lambda: core.store.counters["host_bytes"]
     return contestant
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
 
 from ds_grass.report.axes import (
+    BLACK,
     BLUE,
     BYTES,
     GREEN,
@@ -70,19 +71,22 @@ def draw_blocks(runs: Sequence[Run]) -> Figure:
         runs, maps, Normalize(0, 1), _TRAINED, "share of steps trained" if are_thinned(runs) else None
     )
     for run, axes in zip(runs, figure.axes, strict=False):
-        if any(other.skipped for other in runs):
+        if any(other.skipped or other.resumed for other in runs):
             axes.set_title(axes.get_title(loc="left"), loc="left", pad=14)  # points; above the marks
         if run.skipped:
-            _mark_above(axes, sorted(set(run.skipped)), f"skipped steps: {len(run.skipped)}")
+            _mark_above(axes, sorted(set(run.skipped)), f"skipped steps: {len(run.skipped)}", "v", ORANGE)
+        if run.resumed:
+            _mark_above(axes, run.resumed, "resumed", "D", BLACK)
     return figure
 
 
-def _mark_above(axes: Axes, steps: Sequence[int], label: str) -> None:
+def _mark_above(axes: Axes, steps: Sequence[int], label: str, marker: str, color: str) -> None:
     """A mark at each step, 4 points above the axes, whatever their height."""
     above = offset_copy(axes.get_xaxis_transform(), axes.figure, y=4, units="points")
-    look = {"color": ORANGE, "markersize": 4, "markeredgewidth": 0}
-    axes.plot(steps, [1.0] * len(steps), "v", transform=above, clip_on=False, label=label, **look)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, borderaxespad=1.2, handletextpad=0.2)
+    look = {"color": color, "markersize": 4, "markeredgewidth": 0, "linestyle": ""}
+    axes.plot(steps, [1.0] * len(steps), marker=marker, transform=above, clip_on=False, label=label, **look)
+    spacing = {"borderpad": 0, "borderaxespad": 1.2, "handletextpad": 0.2, "columnspacing": 1.5}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, **spacing)
 
 
 def draw_importance(runs: Sequence[Run]) -> Figure | None:
@@ -191,6 +195,7 @@ def draw_transfers(runs: Sequence[Run]) -> Figure | None:
         ("wait_seconds", "waiting for\ntransfers", BLUE),
         ("measuring_seconds", "measuring", GREEN),
         ("switching_seconds", "switching\nblocks", ORANGE),
+        ("telemetry_seconds", "telling", BLACK),
     ]
     kinds = [("moved per period", BYTES, moved), ("time per period", SECONDS, spent)]
     if not any(
@@ -223,16 +228,17 @@ def draw_loss(runs: Sequence[Run]) -> Figure | None:
     """Loss over steps, where a log carries it."""
     if not any(run.losses for run in runs):
         return None
-    figure, grid = columns(runs, height=2.6)
+    figure, grid = columns(runs, height=2.6 if len(runs) == 1 else 2.9)
     for run, axes in zip(runs, grid[0], strict=True):
-        marker = "." if len(run.losses) < 60 else ""
-        axes.plot(
-            *zip(*run.losses, strict=True) if run.losses else ([], []),
-            color=BLUE,
-            linewidth=1.2,
-            marker=marker,
-        )
+        for other in runs:  # in grey, to be compared with
+            if other is not run and other.losses:
+                axes.plot(*zip(*other.losses, strict=True), color=REFERENCE, linewidth=1, label="other run")
+        if run.losses:
+            look = {"color": BLUE, "linewidth": 1.4, "marker": "." if len(run.losses) < 60 else ""}
+            axes.plot(*zip(*run.losses, strict=True), **look, label="this run", clip_on=False)
     grid[0][0].set_ylabel("training loss\n(mean, rank 0)")
+    if len(runs) > 1:
+        legend_below(figure, next(axes for axes, run in zip(grid[0], runs, strict=True) if run.losses))
     return figure
 
 
@@ -291,8 +297,8 @@ _PLANS = (
     _Plan(
         "transfers",
         "Transfers and time",
-        "Bytes that rank 0 moved, and seconds that its host spent, between each two lines. Work queued on a device "
-        "is not waited for, and so not in the seconds.",
+        "Bytes that rank 0 moved, saving checkpoints included, and seconds that its host spent, between each two draws. "
+        "Work queued on a device is not waited for, and so not in the seconds.",
         draw_transfers,
     ),
 )

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import logging
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +191,33 @@ def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int)
             assert line[key] == twin[key], key
 
 
+# -- its cost --------------------------------------------------------------------------------------------------------
+
+
+@case(ranks=(1,), strength=1, stage=(2, 3))
+def telling_costs_less_than_half_a_percent_of_a_step(ctx: Context, stage: int) -> dict:
+    """A line every ten steps, with the median of steps with and without one: other jobs share the machine."""
+    period = 10
+    options = {"layers": 6, "hidden": 64}
+    grass = {"policy": "cyclic", "probe_steps": None, "sampling_period": period, "refresh_period": None}
+    job = jobs.Job(stage=stage, rows=4, length=48, model_options=options, grass=grass)
+    steps, told, quiet = [], [], []
+    with jobs.engine_of(job) as engine:
+        own = engine.optimizer.core.journal.time
+        for number in range(4 * period):
+            draws, before = jobs.controller(engine).counters["draws"], own.seconds
+            begin = time.perf_counter()
+            jobs.train_step(engine, job, ctx, number)
+            steps.append(time.perf_counter() - begin)
+            drew = jobs.controller(engine).counters["draws"] > draws
+            (told if drew else quiet).append(own.seconds - before)
+    assert len(told) == 4
+    own_seconds = statistics.median(quiet) + statistics.median(told) / period
+    share = own_seconds / statistics.median(steps)
+    assert share < 0.005, f"{share:.2%} of {statistics.median(steps):.3f} s"
+    return {"share": share}
+
+
 # -- the probe -------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +244,7 @@ def _console(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[_Terminal, list[
 
 @case(ranks=(1, 2), strength=1, stage=STAGES, end=("trained", "destroyed", "failed", "resumed"))
 def probe_shows_how_far_it_is_and_leaves_no_bar(ctx: Context, stage: int, end: str) -> None:
-    """Twelve steps of probing on a terminal, ended in each way that there is; nothing on other ranks."""
+    """Four steps of probing on a terminal, ended in each way that there is; nothing on other ranks."""
     job = jobs.Job(stage=stage, grass={"probe_steps": 4})
     with pytest.MonkeyPatch.context() as monkeypatch, _console(monkeypatch) as (terminal, messages):
         with jobs.engine_of(job) as engine:
