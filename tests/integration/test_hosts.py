@@ -202,7 +202,20 @@ def test_trainer_resumed_ends_with_the_same_bits(stage, accumulation, dtype, mor
         [e["active"] for e in launch.read_log(folder) if e["event"] == "draw"] for folder in (whole, resumed)
     ]
     assert draws[1] == draws[0][-len(draws[1]) :], "the resumed run drew other blocks"
-    losses = [
-        json.loads((folder / "out" / "metrics.json").read_text())["steps"] for folder in (whole, resumed)
-    ]
-    assert losses == [10, 10]
+    metrics = [json.loads((folder / "out" / "metrics.json").read_text()) for folder in (whole, resumed)]
+    assert [found["steps"] for found in metrics] == [10, 10]
+    check_told(launch.read_log(whole), launch.read_log(resumed), [found["log_history"] for found in metrics])
+
+
+def check_told(whole: list[dict], resumed: list[dict], histories: list[list[dict]]) -> None:
+    """The resumed log begins where the run was saved, as the same run; the Trainer's log has the engine's numbers."""
+    probe_steps = whole[-1]["probe_steps"]
+    assert resumed[0]["event"] == "resume"
+    assert resumed[0]["applied_steps"] == 6 - probe_steps
+    assert {line["run_id"] for line in resumed} == {line["run_id"] for line in whole}
+    assert all(line["loss"] > 0 for line in [*whole, *resumed] if line["event"] == "draw")
+    for history in histories:
+        (log,) = [entry for entry in history if "loss" in entry]
+        assert (log["grass_applied_steps"], log["grass_phase_probe"]) == (10 - probe_steps, 0.0)
+        assert log["grass_active_layers"] == 1
+        assert not [entry for entry in history if "eval_loss" in entry and "grass_draws" in entry]
