@@ -79,7 +79,10 @@ def missed_claims(row: dict[str, Any]) -> list[str]:
             missed.append(
                 f"{result['name']}: {result['ratio_to_plain']} of plain AdamW's step, not at most 1.0"
             )
-        for kind, what, limit in (("measuring", "measuring importance", 0.01), ("telemetry", "telling", 0.005)):
+        for kind, what, limit in (
+            ("measuring", "measuring importance", 0.01),
+            ("telemetry", "telling", 0.005),
+        ):
             share = result[f"{kind}_share"]
             if share >= limit:
                 missed.append(f"{result['name']}: {what} is {share:.2%} of a step, not under {limit:.1%}")

@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="look at this ds_config too: its block, and conflicts")
+    parser.add_argument(
+        "--config", metavar="FILE", help="look at this ds_config too: its block, and conflicts"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
@@ -86,7 +88,11 @@ def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
         if finding.detail:
             console.print(f"\n[bold]{escape(finding.name)}[/]")
             console.print(Padding(escape(finding.detail), (0, 2)))
-    which = "This ds_config" if any(finding.section == "config" for finding in findings) else "A `grass` block in ds_config"
+    which = (
+        "This ds_config"
+        if any(finding.section == "config" for finding in findings)
+        else "A `grass` block in ds_config"
+    )
     verdict = f"[green]{which} runs here.[/]"
     if not healthy:
         verdict = f"[bold red]{which} does not run here; see the problems above.[/]"

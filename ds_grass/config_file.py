@@ -33,7 +33,9 @@ def config_file(path: str | Path) -> Iterator[Finding]:
 def _block(ds_config: dict[str, Any]) -> Iterator[Finding]:
     if "grass" not in ds_config:
         cure = 'add "grass": {"active_layers": 2}'
-        yield Finding("config", "grass", "absent: DeepSpeed runs as if ds_grass were not there", "problem", cure)
+        yield Finding(
+            "config", "grass", "absent: DeepSpeed runs as if ds_grass were not there", "problem", cure
+        )
         return
     try:
         config = parse_block(ds_config["grass"])
@@ -56,9 +58,7 @@ def _told(config: GrassConfig) -> str:
     """The keys that were not left at their defaults, or that matter most."""
     given = {"policy": config.policy, "active_layers": config.active_layers}
     given |= {
-        key: value
-        for key, value in config.model_dump(exclude_defaults=True).items()
-        if key not in given
+        key: value for key, value in config.model_dump(exclude_defaults=True).items() if key not in given
     }
     return ", ".join(f"{key} {shown(value)}" for key, value in given.items())
 

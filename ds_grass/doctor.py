@@ -33,7 +33,8 @@ _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _PROBE = f"""
 import importlib, json, sys
 import torch
-found = {{"finder": any(getattr(finder, "is_ds_grass", False) for finder in sys.meta_path), "hooked": {{}}, "errors": {{}}}}
+found = {{"hooked": {{}}, "errors": {{}}}}
+found["finder"] = any(getattr(finder, "is_ds_grass", False) for finder in sys.meta_path)
 for name, method in (("{HOST_MODULE}", "__init__"), ("{TRAINER_MODULE}", "log")):
     try:
         module = importlib.import_module(name)
@@ -84,7 +85,10 @@ def _symbols() -> Iterator[Finding]:
     """Every private or unstable name of DeepSpeed that is relied on, module by module; then the version."""
     try:
         compat = importlib.import_module("ds_grass.zero.compat")
-        needed, supported = compat.by_module(3), compat.is_supported()  # stage 3 needs all that the others need
+        needed, supported = (
+            compat.by_module(3),
+            compat.is_supported(),
+        )  # stage 3 needs all that the others need
     except ImportError as error:
         yield Finding("symbols", "deepspeed", f"cannot be told: {error}", "problem", "repair that import")
         return
@@ -99,7 +103,9 @@ def _symbols() -> Iterator[Finding]:
         yield Finding("symbols", "deepspeed supported", f"yes ({compat.SUPPORTED})")
     else:
         cure = "it may well work where every name above is there"
-        yield Finding("symbols", "deepspeed supported", f"not tried; tried is {compat.SUPPORTED}", "note", cure)
+        yield Finding(
+            "symbols", "deepspeed supported", f"not tried; tried is {compat.SUPPORTED}", "note", cure
+        )
 
 
 def _activation(timeout_s: float) -> Iterator[Finding]:
@@ -153,10 +159,14 @@ def _trainer_hook(found: dict) -> Iterator[Finding]:
         yield Finding("activation", name, f"live on {TRAINER_MODULE}: {', '.join(classes)}")
     elif classes is not None:
         cure = "see the lines above; a job runs without it"
-        yield Finding("activation", name, "not in place: its log will lack the numbers of GRASS", "note", cure)
+        yield Finding(
+            "activation", name, "not in place: its log will lack the numbers of GRASS", "note", cure
+        )
     elif _installed("transformers") is not None:
         reason = found["errors"].get(TRAINER_MODULE, "unknown")
-        yield Finding("activation", name, f"nothing to hook: {reason}", "note", "repair it to use the Trainer")
+        yield Finding(
+            "activation", name, f"nothing to hook: {reason}", "note", "repair it to use the Trainer"
+        )
 
 
 def _probe(timeout_s: float) -> dict:

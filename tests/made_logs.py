@@ -61,7 +61,9 @@ class MadeRun:
         """Until `num_steps` are applied."""
         while self.controller.counters["applied_steps"] < num_steps:
             applied = self.controller.counters["applied_steps"]
-            self.journal.saw_loss(torch.tensor(2.0 + 4 * math.exp(-applied / 150) + self.values.gauss(0, 0.1)))
+            self.journal.saw_loss(
+                torch.tensor(2.0 + 4 * math.exp(-applied / 150) + self.values.gauss(0, 0.1))
+            )
             self.journal.begin_step()
             transition = self.controller.advance(norms(self.controller, self.values))
             if transition.drew or transition.refreshed:
@@ -141,7 +143,11 @@ def costs(controller: Controller, switches_before: int = 0) -> dict[str, Any]:
             "fetches": switches,
             "stashes": switches,
         },
-        "reduced": {"reduced_units": 4 * counters["applied_steps"], "zero_filled_units": 0, "late_gradients": 0},
+        "reduced": {
+            "reduced_units": 4 * counters["applied_steps"],
+            "zero_filled_units": 0,
+            "late_gradients": 0,
+        },
         "measuring_seconds": round(0.0004 * counters["applied_steps"], 6),
         "switching_seconds": round(0.003 * switches, 6),
     }

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_grass.report.log import ReportError, Run, read_run
+from ds_grass.report.log import ReportError, read_run
 from ds_grass.report.page import remarks, render
+from ds_grass.report.run import Run
 
 if TYPE_CHECKING:
     from types import ModuleType

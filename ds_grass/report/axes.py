@@ -17,8 +17,8 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ds_grass.report.log import Run
 from ds_grass.report.page import title
+from ds_grass.report.run import Run
 
 # From the palette of Okabe and Ito, told apart with any kind of colour blindness and in print.
 BLUE, ORANGE, GREEN, BLACK = "#0072b2", "#d55e00", "#009e73", "#1b1f24"

@@ -43,8 +43,8 @@ from ds_grass.report.axes import (
     positive_or_nan,
     unit_of,
 )
-from ds_grass.report.log import Run
 from ds_grass.report.page import Picture
+from ds_grass.report.run import Run
 
 _TRAINED = LinearSegmentedColormap.from_list("trained", [RESTING, BLUE])
 
@@ -297,7 +297,7 @@ _PLANS = (
     _Plan(
         "transfers",
         "Transfers and time",
-        "Bytes that rank 0 moved, saving checkpoints included, and seconds that its host spent, between each two draws. "
+        "Bytes that rank 0 moved, for checkpoints too, and seconds that its host spent, between each two draws. "
         "Work queued on a device is not waited for, and so not in the seconds.",
         draw_transfers,
     ),

@@ -15,7 +15,7 @@ from datetime import timezone
 from string import Template
 from typing import Any
 
-from ds_grass.report.log import Run, is_count
+from ds_grass.report.run import Run, is_count
 from ds_grass.telemetry import human_bytes, human_count
 
 _NONE = "-"

@@ -3,7 +3,7 @@
     a draw or a refresh       a line with everything; scalars
     a skipped step            a line, with the blocks that were not finite
     50 steps without a line   a short line with the loss and what adds up; scalars
-    a checkpoint is loaded    the log goes on where the checkpoint was saved; a line with everything, and the start's facts
+    a checkpoint is loaded    the log goes on from where it was saved; a line with everything and the start's facts
 
 Contract: on ranks but the first, one comparison a call. Nothing here waits for a device, but for the loss when a line
 is written. All of it is inside `time`, so that a benchmark can say its share of a step.

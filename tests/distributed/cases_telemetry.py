@@ -93,7 +93,9 @@ def monitor_is_given_every_draw_once(ctx: Context, stage: int, monitor: str) -> 
         pytest.importorskip("tensorboard")
     recorded = _Recorded()
     to_files = {"output_path": str(ctx.folder / "out"), "job_name": "job"}
-    options = {"wandb": {}, "comet": {"samples_log_interval": 1}}.get(monitor, to_files)  # Comet's default is 100
+    options = {"wandb": {}, "comet": {"samples_log_interval": 1}}.get(
+        monitor, to_files
+    )  # Comet's default is 100
     monitored = {monitor: {"enabled": True, **options}}
     job = jobs.Job(stage=stage, extra=monitored, grass={"probe_steps": PROBE, "sampling_period": PERIOD})
     model = job.build()  # its library looks for wandb, and would find a stub
@@ -125,7 +127,14 @@ def monitor_is_given_every_draw_once(ctx: Context, stage: int, monitor: str) -> 
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2), style=("engine", "loss"))
+@case(
+    ranks=(1, 2),
+    strength=1,
+    stage=STAGES,
+    dtype=("fp32", "bf16"),
+    accumulation=(1, 2),
+    style=("engine", "loss"),
+)
 def loss_of_a_line_is_the_mean_of_what_went_into_backward(
     ctx: Context, stage: int, dtype: str, accumulation: int, style: str
 ) -> None:
@@ -184,7 +193,9 @@ def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int)
     applied = max(save_after - PROBE, 0)
     assert (resumed["probe_steps"], resumed["applied_steps"]) == (min(save_after, PROBE), applied)
     assert resumed["num_ranks"] == ctx.world_size
-    draws, before = ([line for line in part if line["event"] == "draw" and "active" in line] for part in (ours, whole))
+    draws, before = (
+        [line for line in part if line["event"] == "draw" and "active" in line] for part in (ours, whole)
+    )
     assert len(draws) == 3
     for line, twin in zip(draws, before, strict=True):
         for key in ("applied_steps", "active", "visits", "draws", "importance"):
@@ -275,16 +286,21 @@ def probe_shows_how_far_it_is_and_leaves_no_bar(ctx: Context, stage: int, end: s
 @case(ranks=(1, 2), strength=1, stage=STAGES)
 def probe_that_goes_on_in_turns_says_so_once(ctx: Context, stage: int) -> None:
     """Two backward passes a step: found out at the first step, in one line on the first rank."""
-    job = jobs.Job(stage=stage, model="stack", model_options={"rounds": 2, "checkpoint": "reentrant", "tied": False})
+    job = jobs.Job(
+        stage=stage, model="stack", model_options={"rounds": 2, "checkpoint": "reentrant", "tied": False}
+    )
     with pytest.MonkeyPatch.context() as monkeypatch, _console(monkeypatch) as (_, messages):
         with jobs.engine_of(job) as engine:
             for number in range(6):
                 jobs.train_step(engine, job, ctx, number)
             assert jobs.controller(engine).probes_in_turns
     told = [message for message in messages if "gradients come in parts" in message]
-    assert told == ["grass: gradients come in parts, so the probe measures 2 of 4 blocks a step: 2 steps in all"][
-        : ctx.rank == 0
-    ]
+    assert (
+        told
+        == ["grass: gradients come in parts, so the probe measures 2 of 4 blocks a step: 2 steps in all"][
+            : ctx.rank == 0
+        ]
+    )
 
 
 # -- the Trainer -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def test_hook_is_named_with_its_classes(healthy):
 
 def test_trainer_that_is_not_hooked_is_a_note(healthy, monkeypatch):
     """A block trains without it; what is missing is said."""
-    probe_answers(monkeypatch, hooked={ENGINE: ["DeepSpeedEngine"], TRAINER: []}, failures={TRAINER: "X: gone"})
+    probe_answers(
+        monkeypatch, hooked={ENGINE: ["DeepSpeedEngine"], TRAINER: []}, failures={TRAINER: "X: gone"}
+    )
     assert problems() == []
     notes = [finding.value for finding in doctor.examine() if finding.state == "note"]
     assert "X: gone" in notes
@@ -159,7 +161,10 @@ def test_private_names_are_told_module_by_module(monkeypatch):
 
 
 def test_version_of_deepspeed_that_was_not_tried_is_a_note(monkeypatch):
-    assert [finding.state for finding in symbols(monkeypatch, {ENGINE: (8, [])}, supported=False)] == ["ok", "note"]
+    assert [finding.state for finding in symbols(monkeypatch, {ENGINE: (8, [])}, supported=False)] == [
+        "ok",
+        "note",
+    ]
 
 
 def test_deepspeed_that_breaks_the_check_of_names_is_a_problem(monkeypatch):
@@ -206,7 +211,9 @@ def test_memory_of_the_host_is_told_by_what_bounds_it(monkeypatch):
 def config_findings(tmp_path, text):
     path = tmp_path / "ds_config.json"
     path.write_text(text)
-    return [(f.name, f.state, f.value, f.cure) for f in doctor.examine(str(path)) if f.section == "config"][1:]
+    return [(f.name, f.state, f.value, f.cure) for f in doctor.examine(str(path)) if f.section == "config"][
+        1:
+    ]
 
 
 def test_config_that_runs_is_told_with_its_block(healthy, tmp_path):

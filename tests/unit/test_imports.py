@@ -75,6 +75,7 @@ ORDER = """
     ds_grass.machine
     ds_grass.config_file
     ds_grass.doctor
+    ds_grass.report.run
     ds_grass.report.log
     ds_grass.report.page
     ds_grass.report.axes

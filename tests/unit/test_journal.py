@@ -52,7 +52,9 @@ def test_events_are_labels_floats_and_samples():
 
 
 def test_events_of_a_line_without_numbers_are_none():
-    assert events({"importance": None, "probabilities": [], "effective_blocks": None, "loss": math.nan}, 0) == []
+    assert (
+        events({"importance": None, "probabilities": [], "effective_blocks": None, "loss": math.nan}, 0) == []
+    )
 
 
 def test_trainer_logs_have_names_of_their_own():
@@ -125,7 +127,9 @@ def test_every_line_can_be_placed(tmp_path: Path):
 @pytest.mark.parametrize(("period", "steps"), [(None, (50, 100, 150)), (70, (50, 120)), (50, ()), (20, ())])
 def test_short_lines_fill_stretches_of_fifty_steps(tmp_path: Path, period, steps):
     """A run that draws once has a loss curve too; one that draws often is not told twice."""
-    run = MadeRun(tmp_path / "a.jsonl", policy="cyclic", probe_steps=None, sampling_period=period, refresh_period=None)
+    run = MadeRun(
+        tmp_path / "a.jsonl", policy="cyclic", probe_steps=None, sampling_period=period, refresh_period=None
+    )
     run.values.random = lambda: 0.9  # no step is skipped
     run.train(150)
     told = [line for line in lines(tmp_path / "a.jsonl") if line["event"] == "step"]

@@ -20,7 +20,9 @@ def line(run_id: str, event: str, probe: int = 4, applied: int = 0, skipped: int
     return json.dumps({"time": "x", "run_id": run_id, "event": event, **place}).encode() + b"\n"
 
 
-EARLY = line("a", "start", 0) + line("a", "draw") + line("a", "skipped", 4, 30, 1) + line("a", "draw", 4, 50, 1)
+EARLY = (
+    line("a", "start", 0) + line("a", "draw") + line("a", "skipped", 4, 30, 1) + line("a", "draw", 4, 50, 1)
+)
 LATE = line("a", "skipped", 4, 50, 2) + line("a", "step", 4, 99, 2) + line("a", "draw", 4, 100, 2)
 
 
@@ -36,7 +38,15 @@ def test_lines_beyond_the_resumed_step_go():
 
 
 def test_lines_of_others_stay_byte_for_byte():
-    others = [line("b", "draw", 4, 900), b"  not json\r\n", b"\n", b'{"a": 1}\n', b"[1]\n", b"\xff\xfe \r\n", b"{"]
+    others = [
+        line("b", "draw", 4, 900),
+        b"  not json\r\n",
+        b"\n",
+        b'{"a": 1}\n',
+        b"[1]\n",
+        b"\xff\xfe \r\n",
+        b"{",
+    ]
     content = others[0] + EARLY + others[1] + LATE + b"".join(others[2:])
     assert rest_of(content) == others[0] + EARLY + others[1] + b"".join(others[2:])
 
@@ -120,7 +130,9 @@ def test_log_that_cannot_be_rewritten_is_one_warning_and_goes_on(
 
 
 @pytest.mark.parametrize(("enabled", "is_writer"), [(False, True), (True, False)])
-def test_log_that_is_off_or_of_another_rank_takes_the_id_and_touches_no_file(enabled, is_writer, tmp_path: Path):
+def test_log_that_is_off_or_of_another_rank_takes_the_id_and_touches_no_file(
+    enabled, is_writer, tmp_path: Path
+):
     log = GrassLog(str(tmp_path / "a.jsonl"), enabled, is_writer)
     log.resume("a", HERE)
     assert log.run_id == "a"

@@ -1,4 +1,4 @@
-"""The hook on the Trainer: its own numbers beside the Trainer's, in training logs of GRASS engines, and nowhere else."""
+"""The hook on the Trainer: GRASS's numbers beside the Trainer's, in training logs of GRASS engines, nowhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ class Core:
         self.units = {0: SimpleNamespace(numel=30), 1: SimpleNamespace(numel=12)}
 
 
-ADDED = {"grass_phase_probe": 0.0, "grass_active_layers": 2.0, "grass_draws": 3.0, "grass_bytes_to_device": 5.0}
+ADDED = {
+    "grass_phase_probe": 0.0,
+    "grass_active_layers": 2.0,
+    "grass_draws": 3.0,
+    "grass_bytes_to_device": 5.0,
+}
 
 
 def engine(core: object) -> SimpleNamespace:
@@ -88,7 +93,9 @@ def test_other_logs_are_left_as_they_are(module, logs):
     assert trainer.seen[0] == {**logs, "epoch": 1.0}
 
 
-@pytest.mark.parametrize("other", [None, object(), engine(None), engine(object()), SimpleNamespace(optimizer=None)])
+@pytest.mark.parametrize(
+    "other", [None, object(), engine(None), engine(object()), SimpleNamespace(optimizer=None)]
+)
 def test_engine_without_grass_is_left_as_it_is(module, other):
     trainer = trainer_of(module, deepspeed=other)
     trainer.log({"loss": 1.0})
