@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from deepspeed import comm as dist
 
 import ds_grass
@@ -17,6 +18,7 @@ logger = logging.getLogger("ds_grass")
 def announce(core: GrassCore) -> None:
     """Log the start line on rank 0, warn when the run is too short for its draws, and begin the log."""
     facts = _facts(core)
+    core.job.log.run_id = _of_the_first_rank(core.job.log.run_id, core.reducer.device)
     core.journal.start(facts)
     if dist.get_rank() != 0:
         return
@@ -27,6 +29,13 @@ def announce(core: GrassCore) -> None:
                                     core.controller.probe_steps)  # fmt: skip
         if warning:
             logger.warning("grass: %s", warning)
+
+
+def _of_the_first_rank(run_id: str, device: torch.device) -> str:
+    """The first rank's: what every rank's checkpoint file calls the run. 32 hexadecimal digits."""
+    value = torch.tensor(list(bytes.fromhex(run_id)), dtype=torch.uint8, device=device)
+    dist.broadcast(value, src=0)
+    return bytes(value.tolist()).hex()
 
 
 def _facts(core: GrassCore) -> dict:

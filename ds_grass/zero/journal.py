@@ -3,7 +3,8 @@
     a draw or a refresh       a line with everything; scalars
     a skipped step            a line, with the blocks that were not finite
     50 steps without a line   a short line with the loss and what adds up; scalars
-    a checkpoint is loaded    the log goes on from where it was saved; a line with everything and the start's facts
+    the first step after      the log goes on from where the checkpoint was saved; a line with everything, and the
+    loading a checkpoint      start's facts
 
 Contract: on ranks but the first, one comparison a call. Nothing here waits for a device, but for the loss when a line
 is written. All of it is inside `time`, so that a benchmark can say its share of a step.
@@ -53,6 +54,8 @@ class Journal:
         self._unsent: list[Mapping[str, Any]] = []
         self._is_step_open = False
         self._steps_since_line = 0
+        self._resumes_as: str | None = None
+        """The run that the next step goes on with."""
         self._was_probing = controller.phase == PROBE
         self._began = time.monotonic()
 
@@ -78,6 +81,8 @@ class Journal:
     def begin_step(self) -> None:
         """The optimizer is about to make a step of the gradients."""
         if self.tells:
+            if self._resumes_as is not None:
+                self._go_on_as(self._resumes_as)
             self._is_step_open = True
             self._steps_since_line += 1
             self.loss.end_step()
@@ -119,21 +124,20 @@ class Journal:
             self._send_all()
 
     def resume(self, saved: Mapping[str, Any] | None) -> None:
-        """A checkpoint was loaded, and the controller with it. `saved`: what `identity` was then; None: it had none."""
+        """A checkpoint was loaded, and the controller with it. `saved`: what `identity` was then; None: it had none.
+
+        The log is left alone until a step is made: a Trainer that loads its best weights at the end undoes nothing.
+        """
         self.bar.close()
         self.loss.clear()
         self._unsent.clear()
         self._steps_since_line, self._is_step_open = 0, False
-        self._was_probing = self.controller.phase == PROBE
-        with self.time:
-            if saved is not None:
-                self.log.resume(str(saved["run_id"]), self._place())
-            if self.tells:
-                self.log.write("resume", **self.facts, **self._line())
+        self._was_probing, self._began = self.controller.phase == PROBE, time.monotonic()
+        self._resumes_as = self.log.run_id if saved is None else str(saved["run_id"])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the run that goes on from it is the same run."""
-        return {"run_id": self.log.run_id}
+        return {"run_id": self._resumes_as or self.log.run_id}
 
     def close(self) -> None:
         """The engine is destroyed."""
@@ -150,6 +154,12 @@ class Journal:
         }
 
     # -- how it is told ----------------------------------------------------------------------------------------------
+
+    def _go_on_as(self, run_id: str) -> None:
+        with self.time:
+            self._resumes_as = None
+            self.log.resume(run_id, self._place())
+            self.log.write("resume", **self.facts, **self._line())
 
     def _place(self) -> dict[str, int]:
         return {name: self.controller.counters[name] for name in PLACE}

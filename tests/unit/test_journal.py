@@ -116,6 +116,7 @@ def test_every_line_can_be_placed(tmp_path: Path):
     run.train(80)
     run.journal.skipped(["model.layers.1"])
     run.resume(run.save())
+    run.train(81)
     found = lines(tmp_path / "a.jsonl")
     assert {line["event"] for line in found} >= {"start", "draw", "skipped", "resume"}
     for line in found:
@@ -197,7 +198,24 @@ def test_checkpoint_without_the_key_begins_no_other_run(tmp_path: Path):
     run = MadeRun(tmp_path / "a.jsonl")
     run_id = run.journal.log.run_id
     run.resume({**run.save(), "log": None})
-    assert [line["run_id"] for line in lines(tmp_path / "a.jsonl")] == [run_id, run_id]
+    run.train(1)
+    assert [line["run_id"] for line in lines(tmp_path / "a.jsonl")] == [run_id] * 3
+
+
+def test_checkpoint_loaded_and_not_trained_from_leaves_the_log_as_it_is(tmp_path: Path):
+    """As the Trainer does with its best weights at the end; what is saved then is still of that run."""
+    run = MadeRun(tmp_path / "a.jsonl")
+    run.train(30)
+    saved, run_id = run.save(), run.journal.log.run_id
+    run.train(80)
+    before = (tmp_path / "a.jsonl").read_bytes()
+    run.resume(saved)
+    assert run.save()["log"] == {"run_id": run_id}
+    run.journal.close()
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    other = MadeRun(tmp_path / "b.jsonl")
+    other.resume(saved)
+    assert other.save()["log"] == {"run_id": run_id}
 
 
 # -- the bar

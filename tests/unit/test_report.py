@@ -162,7 +162,9 @@ def test_run_resumed_last_is_taken_before_one_that_began_last(log):
     first.train(60)
     second = write_made_log(path, num_steps=50)
     assert read_run(path).run_id == second
-    MadeRun(path).resume(first.save())
+    again = MadeRun(path)
+    again.resume(first.save())
+    again.train(70)
     assert read_run(path).run_id == first.journal.log.run_id
 
 
