@@ -105,17 +105,18 @@ def run_leg(ctx: Context, ranks: int, **kwargs: Any) -> None:
     assert result.passed, result.report()
 
 
-@case(
-    ranks=(1,),
-    strength=1,
-    source=((2, 2), (1, 3), (2, 1), (1, 2), (2, 3)),
-    target=((1, 3), (2, 2), (1, 1), (2, 3), (1, 2)),
-    timeout_seconds=200,
-)
+QUICK_ROUTES = (((2, 2), (1, 3)), ((1, 3), (2, 2)))
+ROUTES = (((2, 2), (1, 2)), ((1, 2), (2, 2)), ((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((2, 3), (2, 1)),
+          ((1, 1), (4, 2)), ((4, 3), (1, 2)))  # fmt: skip
+
+
+@case(ranks=(1,), strength=1, slow=True, route=ROUTES, timeout_seconds=200)
+@case(ranks=(1,), strength=1, route=QUICK_ROUTES, timeout_seconds=200)
 def a_run_goes_on_with_other_ranks_and_another_stage(
-    ctx: Context, source: tuple[int, int], target: tuple[int, int]
+    ctx: Context, route: tuple[tuple[int, int], tuple[int, int]]
 ) -> dict:
     """(ranks, stage) to (ranks, stage) in its middle: draws, counters and states of the run never interrupted."""
+    source, target = route
     folder = ctx.folder / "checkpoints"
     folder.mkdir()
     run_leg(ctx, source[0], stage=source[1], folder=str(folder), part=SAVE)
@@ -188,7 +189,12 @@ def a_grass_job_becomes_plain_adamw_state_by_state(ctx: Context, stage: int, dty
         assert jobs.train_step(engine, plain, ctx, 6).applied
 
 
-@case(ranks=(1,), strength=1, stage=(2, 3), damage=("flip", "truncate", "remove", "other model", "not converted"))
+@case(
+    ranks=(1,),
+    strength=1,
+    stage=(2, 3),
+    damage=("flip", "truncate", "remove", "other model", "not converted"),
+)
 def a_universal_checkpoint_that_cannot_be_used_changes_nothing(ctx: Context, stage: int, damage: str) -> str:
     """One line that names the file, or the parameter, and the running job is as it was."""
     folder = ctx.folder / "saved"

@@ -55,18 +55,24 @@ def test_damage_is_named(folder, message):
     assert "\n" not in str(error.value)
 
 
-def test_every_flipped_bit_of_the_manifest_itself_is_noticed_or_harmless(folder):
+def test_a_flipped_bit_of_the_manifest_itself_is_noticed_or_harmless(folder):
     path = folder / manifest.NAME
-    good, parsed = path.read_bytes(), verify(folder)
-    noticed = 0
+    good, parsed, unnoticed = path.read_bytes(), verify(folder), 0
     for place in range(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ (1 << (place % 7))]) + good[place + 1 :])
-        try:
-            assert verify(folder) == parsed, place
-        except ValueError as error:
-            assert manifest.NAME in str(error)
-            noticed += 1
-    assert noticed > 0.8 * len(good)
+        if flipped_is_accepted(folder, parsed):
+            unnoticed += 1
+    assert unnoticed < 0.2 * len(good), "white space only"
+
+
+def flipped_is_accepted(folder, parsed):
+    """Whether the manifest still reads; then it must say the same."""
+    try:
+        found = manifest.read(folder)
+    except ValueError:
+        return False
+    assert found == parsed
+    return True
 
 
 def test_a_newer_format_asks_for_an_upgrade(folder, monkeypatch):
