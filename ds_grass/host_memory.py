@@ -122,7 +122,13 @@ def _map_pages(nbytes: int) -> mmap.mmap | None:
     """Private anonymous pages: zeros, without physical memory until written. None for no bytes."""
     if nbytes == 0:
         return None
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot allocate {_gib(nbytes)} of host memory for optimizer states ({error}); give the job more memory, "
+            'set grass.states.dtype to "bf16", or grass.states.master_weights to false'
+        ) from error
     # Without DONTFORK a fork (every DataLoader worker) makes our pages copy-on-write: our next write moves
     # them to new frames, away from those that CUDA has pinned, and the memory of the job doubles. HUGEPAGE
     # makes the first touch of 512 MiB take 0.06 s instead of 0.26 s (kernel 6.18, one core).

@@ -148,6 +148,54 @@ def twenty_skipped_steps_in_a_row_end_the_job(ctx: Context, stage: int) -> None:
             engine.step()
 
 
+def train_steps(engine: object, job: jobs.Job, ctx: Context, first: int, last: int) -> None:
+    for number in range(first, last):
+        jobs.train_step(engine, job, ctx, number)
+
+
+@contextlib.contextmanager
+def no_more_pages() -> Iterator[None]:
+    """The kernel gives this process no more memory for states."""
+    import mmap
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        yield
+
+
+@case(strength=1, ranks=(1, 2), stage=(1, 3), mode=("resident", "stream"))
+def host_memory_that_runs_out_on_one_rank_ends_all(ctx: Context, stage: int, mode: str) -> str:
+    """A block is drawn for the first time and its home cannot be made: every rank says so, none hangs."""
+    job = jobs.Job(
+        stage=stage,
+        grass={"policy": "cyclic", "probe_steps": 0, "active_layers": 1, "states": {"mode": mode}},
+    )
+    with jobs.engine_of(job) as engine, contextlib.ExitStack() as stack:
+        jobs.train_step(engine, job, ctx, 0)
+        if ctx.rank == ctx.world_size - 1:
+            stack.enter_context(no_more_pages())
+        with pytest.raises(RuntimeError, match="cannot allocate .* of host memory") as caught:
+            train_steps(engine, job, ctx, 1, 5)
+    return str(caught.value)
+
+
+@case(strength=1, ranks=(2,), stage=STAGES)
+def a_rank_whose_draw_was_tampered_with_is_named(ctx: Context, stage: int) -> str:
+    """One rank's sampler goes astray: the draw is compared before anything switches, and all ranks name that rank."""
+    job = jobs.Job(stage=stage, grass={"active_layers": 1, "temperature": 1e6})
+    with jobs.engine_of(job) as engine:
+        train_steps(engine, job, ctx, 0, 2)
+        grass = jobs.controller(engine)
+        if ctx.rank == 1:
+            grass._sampler._generator.manual_seed(4)
+        with pytest.raises(RuntimeError, match=r"rank\(s\) \[1\] drew other blocks than rank 0") as caught:
+            train_steps(engine, job, ctx, 2, 20)
+    return str(caught.value)
+
+
 @contextlib.contextmanager
 def fp16_on_cpu() -> Iterator[None]:
     """DeepSpeed's CPU accelerator refuses fp16 though its arithmetic works; tests alone may say otherwise."""

@@ -56,10 +56,10 @@ ORDER = """
     ds_grass.zero.placement
     ds_grass.zero.shards
     ds_grass.zero.reducer
+    ds_grass.zero.together
     ds_grass.zero.core
     ds_grass.zero.announce
     ds_grass.zero.checkpoint
-    ds_grass.zero.together
     ds_grass.zero.saving
     ds_grass.zero.universal
     ds_grass.zero.loading
