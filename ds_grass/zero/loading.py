@@ -72,7 +72,7 @@ def _examined_tag(engine: Any, load_dir: Path, tag: str | None, wants_states: bo
     if tag is None:
         return None
     if engine.load_universal_checkpoint():
-        _, error = _attempt(lambda: engine.optimizer.check_universal(load_dir / tag, wants_states))
+        _, error = _attempt(lambda: _check_universal(engine, load_dir / tag, wants_states))
         together(None, error)
         return tag
     if rank() == 0:
@@ -85,6 +85,15 @@ def _examined_tag(engine: Any, load_dir: Path, tag: str | None, wants_states: bo
         _, error = _attempt(lambda: engine.optimizer.check_checkpoint(own_file))
         together(None, error)
     return tag
+
+
+def _check_universal(engine: Any, folder: Path, wants_states: bool) -> None:
+    if engine.mp_world_size > 1:
+        raise ValueError(
+            f"checkpoint {folder} is universal, which grass cannot load into {engine.mp_world_size} tensor-parallel "
+            "ranks yet; set checkpoint.load_universal to false and load the checkpoint itself"
+        )
+    engine.optimizer.check_universal(folder, wants_states)
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
