@@ -42,6 +42,8 @@ def guard_loading(engine: Any, module: ModuleType) -> None:
         call = signature.bind(engine, *args, **kwargs)
         call.apply_defaults()
         asked = call.arguments
+        if not hasattr(engine.optimizer, "core"):  # DeepSpeed built no optimizer after all
+            return stock(*call.args, **call.kwargs)
         if asked["load_module_only"]:
             asked["load_optimizer_states"] = (
                 False  # else DeepSpeed loads nothing at stage 3, and says nothing
@@ -56,8 +58,7 @@ def guard_loading(engine: Any, module: ModuleType) -> None:
                 _restore_unmanaged(engine, Path(asked["load_dir"]) / asked["tag"])
             return result
         finally:
-            if hasattr(engine.optimizer, "core"):
-                engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a load raises
+            engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a load raises
 
     object.__setattr__(engine, "load_checkpoint", load_checkpoint)
     object.__setattr__(engine, "_get_all_ckpt_names", partial(_model_files, engine, module))

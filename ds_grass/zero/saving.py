@@ -84,6 +84,8 @@ def guard_saving(engine: Any, engine_class: type) -> None:
 
     def save_checkpoint(save_dir: str, tag: str | None = None, client_state: Mapping | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:  # fmt: skip
+        if not hasattr(engine.optimizer, "core"):  # DeepSpeed built no optimizer after all
+            return stock(engine, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
         if not save_dir:
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"

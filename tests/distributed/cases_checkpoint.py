@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
 
 from tests import models
 from tests.distributed import jobs
-from tests.distributed.cases_faults import fp16_on_cpu
+from tests.distributed.cases_faults import fp16_on_cpu, recorded_warnings
 from tests.distributed.cases_schedule import WARMUP
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
@@ -120,10 +119,7 @@ def resumed_right_after_an_fp16_overflow_a_run_ends_with_the_same_bits(ctx: Cont
 def saved_between_micro_batches_the_step_begins_anew(ctx: Context, stage: int) -> None:
     """Files of DeepSpeed hold no gradients: a warning says so, the saving run goes on, the resumed one repeats it."""
     job, warnings = jobs.Job(stage=stage, accumulation=2), []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())
-    logging.getLogger("ds_grass").addHandler(handler)
-    with jobs.engine_of(job) as engine:
+    with recorded_warnings(warnings), jobs.engine_of(job) as engine:
         for number in range(4):
             jobs.train_step(engine, job, ctx, number)
         for micro, batch in enumerate(job.data(4, ctx)[ctx.rank]):
@@ -132,7 +128,6 @@ def saved_between_micro_batches_the_step_begins_anew(ctx: Context, stage: int) -
             if micro == 0:
                 engine.save_checkpoint(str(ctx.folder / "saved"), tag="between")
         uninterrupted = _finish(engine, job, ctx, 5)
-    logging.getLogger("ds_grass").removeHandler(handler)
     assert (len([text for text in warnings if "1 of 2 micro-batches" in text]) == 1) == (ctx.rank == 0)
     with jobs.engine_of(jobs.replace(job, model_options={"seed": 99})) as engine:
         engine.load_checkpoint(str(ctx.folder / "saved"), tag="between")
@@ -163,18 +158,20 @@ def blocks_never_drawn_take_no_space_for_moments(ctx: Context, stage: int, dtype
 
 
 REFUSED = {
-    "policy": {"policy": "top_k"},
-    "active_layers": {"active_layers": 1},
-    "not saved by a grass job": {"enabled": False},
+    "policy": ({}, {"policy": "top_k"}),
+    "active_layers": ({}, {"active_layers": 1}),
+    "of another model": ({"layers": 5}, {}),
+    "not saved by a grass job": ({}, {"enabled": False}),
 }
-"""What the message says -> the grass block of the job that saved."""
+"""What the message says -> the model and the grass block of the job that saved."""
 
 
 @case(ranks=(1, 2), strength=1, stage=(1, 2, 3), message=tuple(REFUSED))
 def a_refused_checkpoint_changes_nothing(ctx: Context, stage: int, message: str) -> None:
     """The run that was refused another job's checkpoint in its middle is the run that never asked for it."""
     job = jobs.Job(stage=stage, extra={"scheduler": WARMUP})
-    saver = jobs.with_grass(jobs.replace(job, model_options={"seed": 99}), **REFUSED[message])
+    model_options, block = REFUSED[message]
+    saver = jobs.with_grass(jobs.replace(job, model_options={"seed": 99, **model_options}), **block)
     with jobs.engine_of(saver) as engine:
         for number in range(5):
             engine.backward(models.loss(engine, job.data(number, ctx)[ctx.rank][0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import threading
 import time
@@ -133,6 +134,42 @@ def _assert_skipped(engine: object, job: jobs.Job, ctx: Context) -> None:
     assert grass.active == active
     assert [group["lr"] for group in engine.optimizer.param_groups] == rates
     jobs.assert_identical(jobs.masters(engine), masters, "masters after a skipped step")
+
+
+@case(strength=1, ranks=(1, 2), stage=STAGES, value=("nan", "inf"))
+def a_bad_gradient_in_one_block_on_one_rank_is_named(ctx: Context, stage: int, value: str) -> str:
+    """The step is skipped everywhere, the block is named once, and the run goes on as if it had not been."""
+    job, warnings, kept = jobs.Job(stage=stage), [], []
+    for spoils in (False, True):
+        with jobs.engine_of(job) as engine:
+            train_steps(engine, job, ctx, 0, 4)
+            if spoils:
+                block = jobs.controller(engine).active[-1]
+                name = f"{jobs.BLOCK_LISTS[job.model]}.{block}"
+                param = dict(engine.module.named_parameters())[f"{name}.mlp.up_proj.weight"]
+                factor = float(value) if ctx.rank == ctx.world_size - 1 else 1.0
+                hook = param.register_hook(functools.partial(torch.mul, other=factor))
+                with recorded_warnings(warnings):
+                    assert not jobs.train_step(engine, job, ctx, 77).applied
+                hook.remove()
+            kept.append((jobs.train_step(engine, job, ctx, 4), jobs.masters(engine)))
+    assert kept[0][0] == kept[1][0]
+    jobs.assert_identical(kept[0][1], kept[1][1], "masters")
+    assert len(warnings) == (ctx.rank == 0), warnings
+    assert all(f"non-finite gradient in {name};" in text for text in warnings)
+    return str(warnings)
+
+
+@contextlib.contextmanager
+def recorded_warnings(texts: list[str]) -> Iterator[None]:
+    """What the package warns of goes into `texts`."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logging.getLogger("ds_grass").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("ds_grass").removeHandler(handler)
 
 
 @case(strength=1, ranks=(1, 2), stage=(1, 3))

@@ -85,6 +85,8 @@ def _of(module: str, owner: str, name: str) -> Callable[[], tuple[Any, str]]:
 
 
 PHASES = {
+    "a checkpoint is verified": _of("ds_grass.manifest", "", "verify_file"),
+    "states are put back": _of("ds_grass.state_store", "StateStore", "restore"),
     "a unit is reduced": _of("ds_grass.zero.reducer", "GradientReducer", "_launch"),
     "norms meet": _of("ds_grass.zero.core", "GrassCore", "_global_squares"),
     "a unit is updated": _of("ds_grass.ops", "", "adamw_"),
@@ -151,12 +153,15 @@ def killed_in_every_phase_a_run_ends_with_the_same_bits(ctx: Context, stage: int
     """A rank dies where it hurts: the other one ends with an error by itself, and the resumed run loses nothing."""
     folder = ctx.folder / "saved"
     folder.mkdir()
+    launch(ctx, "first", stage, folder, {"rank": 1, "timer_at_step": 2 * SAVE_EVERY, "after_seconds": 0.01})
     for count, phase in enumerate(PHASES):
-        kill = {"rank": 0 if phase in ON_RANK_0 else count % RANKS, "phase": phase, "at_step": 3 * count + 1}
+        at_step = -1 if phase in WHILE_LOADING else 3 * count - 5
+        kill = {"rank": 0 if phase in ON_RANK_0 else count % RANKS, "phase": phase, "at_step": at_step}
         launch(ctx, f"launch{count}", stage, folder, kill)
     launch(ctx, "last", stage, folder, None)
     assert_same_end(ctx, stage, folder)
     return list(PHASES)
 
 
+WHILE_LOADING = ("a checkpoint is verified", "states are put back")
 ON_RANK_0 = ("the manifest is written", "the folder gets its name")
