@@ -59,6 +59,10 @@ def given(value: object) -> bool:
     return True
 
 
+def is_present(value: object) -> bool:
+    return value is not False
+
+
 def is_on(value: object) -> bool:
     return _word(value) in _TRUE
 
@@ -152,6 +156,21 @@ RULES: tuple[Rule, ...] = (
         "its files have no place for blocks that were never drawn",
         "set it to false, and resume with as many ranks as saved",
         when=below_stage_3,
+    ),
+    # how checkpoints are written
+    *(
+        Rule(
+            key,
+            clashes,
+            "grass verifies a checkpoint's files when they are whole, on storage all ranks share",
+            do,
+        )
+        for key, clashes, do in (
+            ("checkpoint.writer", given, 'remove "writer"'),
+            ("checkpoint.use_node_local_storage", is_on, "save to shared storage"),
+            ("nebula.enabled", is_on, 'remove "nebula"'),
+            ("datastates_ckpt", is_present, 'remove "datastates_ckpt"'),
+        )
     ),
     Rule("sparse_gradients", is_on, "grass reduces gradients dense", 'remove "sparse_gradients"'),
     # what the optimizer is

@@ -165,6 +165,8 @@ def _refuse_pipeline_and_experts(model: Any) -> None:
 def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) -> None:
     """Make this one engine choose our optimizer when it looks for a ZeRO optimizer."""
     from ds_grass import step_hooks
+    from ds_grass.zero.loading import guard_loading
+    from ds_grass.zero.saving import guard_saving
 
     if plan.stage == 0:
         config_class.zero_config.stage = 1
@@ -183,33 +185,11 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
 
     # `object.__setattr__`: the engine is a torch module that has not been initialised yet
     object.__setattr__(engine, "_configure_zero_optimizer", configure)
-    _guard_loading(engine, module)
+    guard_loading(engine, module)
+    guard_saving(engine, module.DeepSpeedEngine)
     step_hooks.watch(engine)
     # DeepSpeed sends bf16 weights with fp32 accumulation at stage 1 to another optimizer; ours does both
     object.__setattr__(engine, "_do_optimizer_sanity_check", lambda optimizer: module.ZERO_OPTIMIZATION)
-
-
-def _guard_loading(engine: Any, module: ModuleType) -> None:
-    """A checkpoint that is refused changes nothing: DeepSpeed loads weights, schedule and counters before states."""
-    load, load_weights = module.DeepSpeedEngine.load_checkpoint, module.DeepSpeedEngine._load_checkpoint
-
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(engine, *args, **kwargs)
-        finally:
-            if hasattr(engine.optimizer, "core"):
-                engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a load raises
-
-    def checked(load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("load_module_only", False):
-            # else DeepSpeed loads nothing at stage 3, and says nothing
-            kwargs["load_optimizer_states"] = False
-        if kwargs.get("load_optimizer_states", True) and hasattr(engine.optimizer, "core"):
-            engine.optimizer.check_checkpoint(engine._get_zero_ckpt_name(load_dir, tag))
-        return load_weights(engine, load_dir, tag, *args, **kwargs)
-
-    object.__setattr__(engine, "load_checkpoint", load_checkpoint)
-    object.__setattr__(engine, "_load_checkpoint", checked)
 
 
 @contextmanager

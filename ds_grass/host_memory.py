@@ -42,7 +42,8 @@ class HostArena:
 
     def __init__(self, nbytes: int, *, pin_device: torch.device | None = None) -> None:
         self.nbytes = nbytes
-        self.memory = _map_pages(nbytes)
+        self._pages = _map_pages(nbytes)
+        self.memory = self.slice(0, nbytes)
         address = self.memory.data_ptr()
         self.pinned = pin_device is not None and nbytes > 0 and _register(address, nbytes, pin_device)
         if nbytes > 0:
@@ -51,16 +52,22 @@ class HostArena:
         self._release = weakref.finalize(self, _release, address, unpin_device, os.getpid())
         self._release.atexit = False  # the end of the process unpins faster than we could
 
+    def slice(self, start: int, nbytes: int) -> torch.Tensor:
+        """Bytes of the arena as uint8 (nbytes,) in a storage of just that length: what `torch.save` would write."""
+        return _tensor(self._pages, start, nbytes)
+
     def free(self) -> None:
         """Unregister now and drop the memory. No copy to or from the arena may be under way. Idempotent."""
         self._release()
+        self._pages = None
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.pinned = False
 
 
 def host_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros (numel,) in pages of their own, outside PyTorch's allocator; those never written cost no memory."""
-    return _map_pages(numel * dtype.itemsize).view(dtype)
+    nbytes = numel * dtype.itemsize
+    return _tensor(_map_pages(nbytes), 0, nbytes).view(dtype)
 
 
 def host_storages() -> set[int]:
@@ -69,8 +76,9 @@ def host_storages() -> set[int]:
 
 
 def is_host(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is a view into a live host arena."""
-    return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in _live
+    """Whether `tensor` lies in a live host arena."""
+    address = tensor.data_ptr()
+    return tensor.device.type == "cpu" and any(start <= address < start + n for start, n in _live.items())
 
 
 def check_host_capacity(
@@ -115,18 +123,31 @@ def _bounds(proc: Path, cgroup: Path) -> dict[str, int]:
     return {name: nbytes for name, nbytes in bounds.items() if nbytes is not None}
 
 
-def _map_pages(nbytes: int) -> torch.Tensor:
-    """Private anonymous pages as a uint8 tensor (nbytes,): zeros, without physical memory until written."""
+def _map_pages(nbytes: int) -> mmap.mmap | None:
+    """Private anonymous pages: zeros, without physical memory until written. None for no bytes."""
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return None
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot allocate {_gib(nbytes)} of host memory for optimizer states ({error}); give the job more memory, "
+            'set grass.states.dtype to "bf16", or grass.states.master_weights to false'
+        ) from error
     # Without DONTFORK a fork (every DataLoader worker) makes our pages copy-on-write: our next write moves
     # them to new frames, away from those that CUDA has pinned, and the memory of the job doubles. HUGEPAGE
     # makes the first touch of 512 MiB take 0.06 s instead of 0.26 s (kernel 6.18, one core).
     for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
         with contextlib.suppress(AttributeError, OSError):  # this Python or this kernel does not have it
             pages.madvise(getattr(mmap, advice))
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return pages
+
+
+def _tensor(pages: mmap.mmap | None, start: int, nbytes: int) -> torch.Tensor:
+    """A range of the pages as uint8 (nbytes,); it keeps them alive."""
+    if pages is None or nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(pages, dtype=torch.uint8, offset=start, count=nbytes)
 
 
 def _register(address: int, nbytes: int, device: torch.device) -> bool:

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class HostState(NamedTuple):
-    """A whole unit on the host, each tensor (numel,): views of its arena, good until the unit moves again."""
+    """A whole unit on the host, each tensor (numel,): its arena's memory, good until the unit moves again."""
 
     master: Tensor | None
     exp_avg: Tensor
@@ -184,7 +184,7 @@ class StateStore:
             return None
         self._resident.send_home(unit)
         unit.settle(self._engine)
-        return HostState(*unit.host_parts(), self.steps[key])
+        return HostState(*unit.saved_parts(), self.steps[key])
 
     def restore(
         self, key: int, master: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, step: int

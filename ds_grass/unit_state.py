@@ -55,19 +55,21 @@ class StateLayout:
 
     def parts(self, memory: Tensor) -> StateParts:
         """The parts inside `memory`, uint8 of at least `nbytes`."""
+        return self.parts_of(lambda start, nbytes: memory[start : start + nbytes])
+
+    def parts_of(self, take: Callable[[int, int], Tensor]) -> StateParts:
+        """The parts, each made of what `take(start, nbytes)` returns: uint8 (nbytes,)."""
         master, exp_avg, exp_avg_sq = self._offsets()
+        moment_bytes = self.numel * self.moment_dtype.itemsize
         return StateParts(
-            self._view(memory, master, torch.float32) if self.master else None,
-            self._view(memory, exp_avg, self.moment_dtype),
-            self._view(memory, exp_avg_sq, self.moment_dtype),
+            take(master, 4 * self.numel).view(torch.float32) if self.master else None,
+            take(exp_avg, moment_bytes).view(self.moment_dtype),
+            take(exp_avg_sq, moment_bytes).view(self.moment_dtype),
         )
 
     def _offsets(self) -> tuple[int, int, int]:
         exp_avg = _aligned(4 * self.numel * self.master)
         return 0, exp_avg, exp_avg + _aligned(self.numel * self.moment_dtype.itemsize)
-
-    def _view(self, memory: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-        return memory[offset : offset + self.numel * dtype.itemsize].view(dtype)
 
 
 @dataclass(eq=False)
@@ -93,6 +95,10 @@ class UnitState:
 
     def host_parts(self) -> StateParts:
         return self.layout.parts(self.arena.memory)
+
+    def saved_parts(self) -> StateParts:
+        """The host's parts, each in a storage of its own length; the same memory."""
+        return self.layout.parts_of(self.arena.slice)
 
     def device_parts(self) -> StateParts:
         return self.layout.parts(self.buffer.memory)

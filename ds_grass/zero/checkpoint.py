@@ -1,10 +1,13 @@
 """GRASS inside DeepSpeed's checkpoint files.
 
-The layouts are DeepSpeed's own, so that `zero_to_fp32.py` reads them: one "group" a unit, fp32 master weights and the
-moments of every unit, zeros (and the weight itself) for blocks that were never drawn. GRASS adds one key, "grass",
-made of tensors, numbers, strings, lists and dicts only: format, units, which of them have state, the controller.
+The layouts are DeepSpeed's own, so that `zero_to_fp32.py` and `ds_to_universal` read them: one flat state a unit,
+fp32 master weights and moments; a block that was never drawn has its weight and, in no more space than one number,
+zeros. "param_groups" are the user's, which is what plain DeepSpeed compares with its own when it loads a converted
+checkpoint. It knows one step count for all parameters, so "step" holds the largest; the units' own are in "grass".
 
-Everything is assembled on the host from the state store; nothing is gathered on a device.
+GRASS adds that one key, made of tensors, numbers, strings, lists and dicts only: format, units, which of them have
+state, their steps, the controller. Everything is a view of the state store's host memory, nothing is gathered on a
+device: a state dict is for saving now, the next step writes into it.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+import ds_grass
 from ds_grass.controller import Controller
 from ds_grass.copy_engine import copy_to_host
 from ds_grass.host_memory import host_zeros
@@ -23,7 +28,7 @@ from ds_grass.state_store import StateStore
 from ds_grass.units import Unit
 
 KEY = "grass"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,19 @@ def collect(unit: Unit, store: StateStore, weights: Tensor) -> SavedState:
     """The unit's state, made up from its weights (`weights`: own shard, model dtype) when it was never drawn."""
     held = store.home(unit.key)
     if held is None:
-        zeros = (host_zeros(weights.numel(), torch.float32) for _ in range(2))
-        return SavedState(_fp32_copy(weights), *zeros, 0)
+        zeros = torch.zeros(1).expand(
+            weights.numel()
+        )  # saved as one number; DeepSpeed's tools slice and clone it
+        return SavedState(_on_host(weights), zeros, zeros, 0)
     master = weights if held.master is None else held.master
-    return SavedState(_fp32_copy(master), _fp32_copy(held.exp_avg), _fp32_copy(held.exp_avg_sq), held.step)
+    return SavedState(_on_host(master), _on_host(held.exp_avg), _on_host(held.exp_avg_sq), held.step)
 
 
-def _fp32_copy(tensor: Tensor) -> Tensor:
-    """On the host, in storage of its own: `torch.save` of a view would write all of the arena behind it."""
+def _on_host(tensor: Tensor) -> Tensor:
+    """fp32 on the host, in storage of its own, for `torch.save` writes whole storages; a copy only where needed."""
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and alone:
+        return tensor.detach()
     copy = host_zeros(tensor.numel(), torch.float32)
     copy_to_host(copy, tensor.detach())
     return copy
@@ -55,9 +65,10 @@ def _fp32_copy(tensor: Tensor) -> Tensor:
 
 def optimizer_state(states: Sequence[SavedState]) -> dict[int, dict]:
     """The "state" of a torch optimizer with one flat parameter a unit, as DeepSpeed's tools expect it."""
+    step = float(max((state.step for state in states), default=0))
     return {
         key: {
-            "step": torch.tensor(float(state.step)),
+            "step": torch.tensor(step),
             "exp_avg": state.exp_avg,
             "exp_avg_sq": state.exp_avg_sq,
         }
@@ -72,8 +83,11 @@ def hyper_parameters(group: Mapping) -> dict:
 
 
 def param_groups(units: Sequence[Unit], groups: Sequence[Mapping]) -> list[dict]:
-    """One group a unit with the hyper-parameters of the user's group it came from."""
-    return [{**hyper_parameters(groups[unit.group]), "params": [unit.key]} for unit in units]
+    """The user's groups, "params" naming the units made of each."""
+    return [
+        {**hyper_parameters(group), "params": [unit.key for unit in units if unit.group == index]}
+        for index, group in enumerate(groups)
+    ]
 
 
 def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateStore, controller: Controller,
@@ -81,27 +95,20 @@ def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateSt
     """What GRASS adds to the file. `groups`: the user's, whose values a scheduler does not write until it steps."""
     return {
         "format": FORMAT,
+        "version": ds_grass.__version__,
         "units": [
             {"name": u.name, "block": -1 if u.block is None else u.block, "numel": u.numel} for u in units
         ],
         "groups": [hyper_parameters(group) for group in groups],
         "drawn": [u.key for u in units if store.has_state(u.key)],
+        "steps": [store.steps[u.key] for u in units],
         "moments": str(store.moment_dtype).removeprefix("torch."),
         "controller": controller.state_dict(),
         "counters": dict(counters),
     }
 
 
-def refuse_universal(folder: str | None) -> None:
-    """Universal checkpoints keep no states of blocks by name yet; loading one would silently drop what GRASS knows."""
-    if folder is not None:
-        raise ValueError(
-            f"checkpoint.load_universal is true, but grass cannot load the universal checkpoint {folder}; "
-            "resume from the checkpoint itself, with as many ranks as saved it"
-        )
-
-
-def check(optimizer: Mapping, units: Sequence[Unit], ranks: int, where: str) -> Mapping:
+def check(optimizer: Mapping, units: Sequence[Unit], groups: Sequence[Mapping], where: str) -> Mapping:
     """The "grass" part of a saved optimizer state; ValueError, in one line, when it cannot belong to this job."""
     state = optimizer.get(KEY)
     if state is None:
@@ -109,8 +116,11 @@ def check(optimizer: Mapping, units: Sequence[Unit], ranks: int, where: str) -> 
             f"{where} was not saved by a grass job, so it holds no block states; "
             "start from its weights (load_module_only=True) or remove the grass block"
         )
-    if state["format"] > FORMAT:
-        raise ValueError(f"{where} has grass format {state['format']}, ours is {FORMAT}: upgrade")
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"{where} has grass format {state['format']} and this ds_grass reads {FORMAT}; load it with ds_grass "
+            f"{state.get('version', '0.1')}, which saved it"
+        )
     mine = [(u.name, u.numel) for u in units]
     theirs = [(u["name"], u["numel"]) for u in state["units"]]
     for at, (here, there) in enumerate(zip_longest(mine, theirs)):
@@ -119,32 +129,39 @@ def check(optimizer: Mapping, units: Sequence[Unit], ranks: int, where: str) -> 
                 f"{where} is of another model or grouping: unit {at} is {there or 'missing'} there and "
                 f"{here or 'missing'} here; load it with the model and the parameter groups that saved it"
             )
-    count = optimizer["partition_count"]  # stage 3 writes one number, the others one a group
+    check_groups(state["groups"], groups, where)
+    return state
+
+
+def check_groups(saved: Sequence[Mapping], groups: Sequence[Mapping], where: str) -> None:
+    """ValueError when the job was given another number of parameter groups."""
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"{where} has {len(saved)} parameter groups and this job {len(groups)}; give the optimizer the groups "
+            "that saved it"
+        )
+
+
+def check_ranks(optimizer: Mapping, ranks: int, where: str) -> None:
+    """ValueError when the shards are those of another number of data-parallel ranks."""
+    count = optimizer["partition_count"]  # stage 3 writes one number, the others one a unit
     saved_ranks = count if isinstance(count, int) else count[0]
     if saved_ranks != ranks:
         raise ValueError(
             f"{where} was saved by {saved_ranks} data-parallel ranks and is loaded by {ranks}; "
-            "use as many ranks as saved it"
+            "use as many ranks as saved it, or a universal checkpoint"
         )
-    return state
 
 
-def restore(state: Mapping, units: Sequence[Unit], store: StateStore, masters: Sequence[Tensor],
-            moments: Mapping[int, Mapping], shard_numel: Mapping[int, int]) -> None:  # fmt: skip
-    """Put every unit's state back; units that had none are forgotten. Tensors may lack their padding."""
-    drawn = set(state["drawn"])
-    for unit in units:
-        if unit.key not in drawn:
-            store.forget(unit.key)
-            continue
-        numel, held = shard_numel[unit.key], moments[unit.key]
-        store.restore(
-            unit.key,
-            padded(masters[unit.key], numel) if store.has_master(unit.key) else None,
-            padded(held["exp_avg"], numel),
-            padded(held["exp_avg_sq"], numel),
-            int(held["step"]),
-        )
+class Shards(Protocol):
+    """Where a unit's saved tensors come from: this rank's shard, 1-D, with or without its padding."""
+
+    def __call__(self, unit: Unit, what: Literal["fp32", "exp_avg", "exp_avg_sq"]) -> Tensor: ...
+
+
+def steps_of(state: Mapping) -> dict[int, int]:
+    """Adam steps by unit key, of the units that had a state. `state`: the "grass" part."""
+    return {key: int(state["steps"][key]) for key in state["drawn"]}
 
 
 def padded(tensor: Tensor, numel: int) -> Tensor:

@@ -30,6 +30,7 @@ from ds_grass.units import Unit, reduction_order
 from ds_grass.zero.journal import Journal
 from ds_grass.zero.placement import resident_fits
 from ds_grass.zero.reducer import GradientReducer
+from ds_grass.zero.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +166,20 @@ class GrassCore:
                 param.grad = None
         self.reducer.activate(active, measured_at_once=self._frees_now)
         self._squares.clear()
-        self.store.activate([] if self.probing else [unit.key for unit in active])
+        self._activate_states([] if self.probing else [unit.key for unit in active])
         self.job.on_switch(self.controller.active)
+
+    def _activate_states(self, keys: Sequence[int]) -> None:
+        """Where blocks are drawn for the first time, ranks tell each other whether there was memory for them."""
+        first_draw, failure = any(not self.store.has_state(key) for key in keys), None
+        try:
+            self.store.activate(keys)
+        except RuntimeError as error:
+            if not first_draw:
+                raise
+            failure = error
+        if first_draw:
+            together(None, failure)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

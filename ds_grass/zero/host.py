@@ -7,8 +7,8 @@ moves only on a real overflow.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from deepspeed import comm as dist
@@ -18,6 +18,8 @@ from ds_grass.units import Unit
 from ds_grass.zero import checkpoint
 from ds_grass.zero.announce import announce
 from ds_grass.zero.core import GrassCore
+from ds_grass.zero.shards import ShardLayout
+from ds_grass.zero.universal import UniversalFolder
 
 
 class HostOptimizer:
@@ -25,6 +27,7 @@ class HostOptimizer:
 
     core: GrassCore
     units: Sequence[Unit]
+    layouts: Mapping[int, ShardLayout]
     shards: Mapping[int, Tensor]
 
     def _begin(self) -> None:
@@ -152,33 +155,104 @@ class HostOptimizer:
         )
         return {**state, "log": core.journal.identity()}
 
-    def _restore_grass(
-        self, state: Mapping, masters: Sequence[Tensor], moments: Mapping[int, Mapping]
-    ) -> None:
-        """States first, then the controller, then the active set that it says."""
-        numels = {unit.key: self.shards[unit.key].numel() for unit in self.units}
-        self.core.store.activate([])
-        checkpoint.restore(state, self.units, self.core.store, masters, moments, numels)
-        for group, saved in zip(self.param_groups, state["groups"], strict=True):
-            group.update(saved)
-        self.core.controller.load_state_dict(state["controller"])
-        self.core.reducer.counters.update(state["counters"])
+    def load_state_dict(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False,
+                        checkpoint_folder=None, load_serial=None, param_shapes=None) -> None:  # fmt: skip
+        """Continue from a checkpoint of as many ranks, or from the universal one in `checkpoint_folder`.
+
+        Raises ValueError before anything changes. The masters of the checkpoint are the weights, bit for bit.
+        """
+        if checkpoint_folder is not None:
+            self._load_universal(UniversalFolder(checkpoint_folder), load_optimizer_states)
+            return
+        state = state_dict_list[dist.get_rank(self.dp_process_group)]
+        grass = self._checked(state, load_optimizer_states)
+        self._restore_loss_scale(state)
+        steps = checkpoint.steps_of(grass) if load_optimizer_states else {}
+        self._load_units(partial(self._saved_tensor, state), steps)
+        if load_optimizer_states:
+            self._restore_sampling(grass)
         self.core.switch()
-        self.core.journal.resume(state.get("log"))  # absent in older files
+
+    def _saved_tensor(self, state: Mapping, unit: Unit, what: str) -> Tensor:
+        """Hook: this rank's tensor of a unit in DeepSpeed's layout of the stage."""
+        raise NotImplementedError
+
+    def _load_units(self, shards: checkpoint.Shards, steps: Mapping[int, int]) -> None:
+        """Weights of all units, states of those with `steps`; the others were never drawn. `switch` comes after."""
+        self.core.store.activate([])
+        for unit in self.units:
+            key, own = unit.key, self.shards[unit.key]
+            master = shards(unit, "fp32")
+            own[: master.numel()].copy_(master)
+            if key not in steps:
+                self.core.store.forget(key)
+                continue
+            self.core.store.restore(
+                key,
+                checkpoint.padded(master, own.numel()) if self.core.store.has_master(key) else None,
+                checkpoint.padded(shards(unit, "exp_avg"), own.numel()),
+                checkpoint.padded(shards(unit, "exp_avg_sq"), own.numel()),
+                steps[key],
+            )
+        self._finish_loading()
+
+    def _finish_loading(self) -> None:
+        """Hook: own weight shards were written; everybody who holds the whole weight must see it."""
+
+    def _restore_sampling(self, grass: Mapping) -> None:
+        for group, saved in zip(self.param_groups, grass["groups"], strict=True):
+            group.update(saved)
+        self.core.controller.load_state_dict(grass["controller"])
+        self.core.reducer.counters.update(grass["counters"])
+        self.core.journal.resume(grass.get("log"))  # absent in older files
 
     def check_checkpoint(self, path: str) -> None:
         """Raise ValueError for another job's file, of which only the small values are read; nothing has changed."""
-        if os.path.isfile(path):  # DeepSpeed says what is missing
-            state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-            self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
+        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
 
-    def _checked(self, state: Mapping, *, load_optimizer_states: bool) -> Mapping:
+    def _checked(self, state: Mapping, load_optimizer_states: bool) -> Mapping:
         """The "grass" part of a checkpoint that this job can continue from; ValueError if it cannot."""
-        ranks = dist.get_world_size(self.dp_process_group)
-        grass = checkpoint.check(state, self.units, ranks, "the checkpoint")
+        grass = checkpoint.check(state, self.units, self.param_groups, "the checkpoint")
+        checkpoint.check_ranks(state, dist.get_world_size(self.dp_process_group), "the checkpoint")
         if load_optimizer_states:
             self.core.controller.check_state(grass["controller"])
         return grass
+
+    # -- universal checkpoints --------------------------------------------------------------------------------------
+
+    def check_universal(self, folder: str, load_optimizer_states: bool) -> None:
+        """Raise ValueError for a universal checkpoint that is damaged or another job's; nothing has changed."""
+        found, where = UniversalFolder(folder), f"checkpoint {folder}"
+        found.check(self.units, (dist.get_rank(), dist.get_world_size()))
+        if not load_optimizer_states:
+            return
+        grass = found.shared.get(checkpoint.KEY)
+        if grass is None:
+            checkpoint.check_groups(found.shared["param_groups"], self.param_groups, where)
+        else:
+            checkpoint.check(found.shared, self.units, self.param_groups, where)
+            self.core.controller.check_state(grass["controller"])
+
+    def _load_universal(self, found: UniversalFolder, load_optimizer_states: bool) -> None:
+        """From any number of ranks and any stage; one of plain AdamW brings states for every block and no sampling."""
+        grass = found.shared.get(checkpoint.KEY)
+        self._restore_loss_scale(found.shared)
+        steps = found.steps(self.units) if grass is None else checkpoint.steps_of(grass)
+        self._load_units(partial(self._universal_tensor, found), steps if load_optimizer_states else {})
+        if load_optimizer_states and grass is not None:
+            self._restore_sampling(grass)
+        elif load_optimizer_states:
+            for group, saved in zip(self.param_groups, found.shared["param_groups"], strict=True):
+                plain = checkpoint.hyper_parameters(saved)
+                group.update({key: value for key, value in plain.items() if key in group})
+        self.core.switch()
+
+    def _universal_tensor(self, found: UniversalFolder, unit: Unit, what: str) -> Tensor:
+        return found.shard(unit, self.layouts[unit.key], what)
+
+    def update_lp_params(self) -> None:
+        """After a universal load DeepSpeed asks for weights from masters; `_load` has written them."""
 
     def _restore_loss_scale(self, state: Mapping) -> None:
         self.loss_scaler = state.get("loss_scaler", self.loss_scaler)

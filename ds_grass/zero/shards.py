@@ -38,6 +38,9 @@ class ShardLayout(Protocol):
     def owned(self, index: int) -> tuple[int, int]:
         """Half-open range of parameter `index` inside this rank's shard, padding excluded; may be empty."""
 
+    def source(self, index: int) -> int:
+        """Where in the flat parameter `index` that range begins."""
+
 
 class FlatShards:
     """[p0 | p1 | ... | padding], rank r owns the r-th of `world_size` equal slices (stages 0-2)."""
@@ -70,6 +73,9 @@ class FlatShards:
         start = min(max(self.offsets[index] - first, 0), self.shard_numel)
         stop = min(max(self.offsets[index] + self.sizes[index] - first, 0), self.shard_numel)
         return start, stop
+
+    def source(self, index: int) -> int:
+        return max(0, self.rank * self.shard_numel - self.offsets[index])
 
     @property
     def padding(self) -> int:
@@ -118,6 +124,9 @@ class ParameterShards:
         start = self.columns[index]
         real = min(max(self.sizes[index] - self.rank * self.parts[index], 0), self.parts[index])
         return start, start + real
+
+    def source(self, index: int) -> int:
+        return self.rank * self.parts[index]
 
 
 def empty_buffer(layout: ShardLayout, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,11 +8,10 @@ and `step` is the core's. The parent allocates no master, no moment and no gradi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -229,20 +228,12 @@ class GrassZeroOptimizerStage3(HostOptimizer, DeepSpeedZeroOptimizer_Stage3):
             checkpoint.KEY: self._grass_state(),
         }
 
-    def load_state_dict(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False,
-                        checkpoint_folder=None, load_serial=None, param_shapes=None) -> None:  # fmt: skip
-        """Continue from a checkpoint of a grass job with as many ranks; raise ValueError before anything changes."""
-        checkpoint.refuse_universal(checkpoint_folder)
-        state = state_dict_list[dist.get_rank(self.dp_process_group)]
-        grass = self._checked(state, load_optimizer_states=load_optimizer_states)
-        masters = state["fp32_flat_groups"]
-        self._restore_loss_scale(state)
-        for unit in self.units:
-            self.shards[unit.key].copy_(masters[unit.key])
-        if load_optimizer_states:
-            self._restore_grass(grass, masters, state["optimizer_state_dict"]["state"])
-        else:
-            self.refresh_fp32_params()
+    def _saved_tensor(self, state: Mapping, unit: Unit, what: str) -> Tensor:
+        if what == "fp32":
+            return state["fp32_flat_groups"][unit.key]
+        return state["optimizer_state_dict"]["state"][unit.key][what]
+
+    def _finish_loading(self) -> None:
         if self.persistent_parameters:
             self.persistent_parameters[0].partition(self.persistent_parameters)
 

@@ -8,7 +8,7 @@ to stage 1. One rank is not a special case.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from deepspeed import comm as dist
@@ -203,21 +203,15 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
             if param._hp_mapping is not None
         )
 
-    def load_state_dict(self, state_dict_list, load_optimizer_states=True, load_from_fp32_weights=False,
-                        checkpoint_folder=None, load_serial=None, param_shapes=None) -> None:  # fmt: skip
-        """Continue from a checkpoint of a grass job with as many ranks; raise ValueError before anything changes."""
-        checkpoint.refuse_universal(checkpoint_folder)
-        state = state_dict_list[dist.get_rank(self.dp_process_group)]
-        grass = self._checked(state, load_optimizer_states=load_optimizer_states)
-        masters = state["single_partition_of_fp32_groups"]
-        self._restore_loss_scale(state)
-        if not load_optimizer_states:
-            self.refresh_fp32_params()
-            return
+    def _saved_tensor(self, state: Mapping, unit: Unit, what: str) -> Tensor:
+        if what == "fp32":
+            return state["single_partition_of_fp32_groups"][unit.key]  # saved without its padding
+        return state["base_optimizer_state"]["state"][unit.key][what]
+
+    def _finish_loading(self) -> None:
         for unit in self.units:
-            lean = masters[unit.key].numel()
-            self.shards[unit.key][:lean].copy_(masters[unit.key])
-        self._restore_grass(grass, masters, state["base_optimizer_state"]["state"])
+            self._publish(unit.key)
+        self._finish_update()
 
     def destroy(self) -> None:
         for hook in self._grad_acc_hooks:

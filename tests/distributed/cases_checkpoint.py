@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests import models
 from tests.distributed import jobs
+from tests.distributed.cases_faults import fp16_on_cpu, recorded_warnings
 from tests.distributed.cases_schedule import WARMUP
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
@@ -84,19 +87,91 @@ def zero_to_fp32_reads_what_was_saved(ctx: Context, stage: int, dtype: str) -> N
     jobs.assert_identical({n: found[n].float() for n in masters}, masters, "masters")
 
 
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+def resumed_right_after_an_fp16_overflow_a_run_ends_with_the_same_bits(ctx: Context, stage: int) -> dict:
+    """Forced overflows while training: scale, hysteresis and the count of skips go on where they were."""
+    fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 3, "hysteresis": 2}
+    job = jobs.Job(stage=stage, dtype="fp16", extra={"fp16": fp16, "scheduler": WARMUP})
+    with fp16_on_cpu():
+        with jobs.engine_of(job) as engine:
+            for number in range(5):
+                jobs.train_step(engine, job, ctx, number)
+            engine.optimizer.loss_scaler.cur_scale = 2.0**60
+            assert not jobs.train_step(engine, job, ctx, 5).applied
+            engine.save_checkpoint(str(ctx.folder / "saved"), tag="overflow")
+            engine.optimizer.loss_scaler.cur_scale = 2.0**10  # as below: both runs come down at once
+            uninterrupted = _finish(engine, job, ctx, 6)
+        with jobs.engine_of(jobs.replace(job, model_options={"seed": 99})) as engine:
+            engine.load_checkpoint(str(ctx.folder / "saved"), tag="overflow")
+            assert engine.optimizer.loss_scale == 2.0**60  # hysteresis bore the first one
+            assert engine.optimizer.loss_scaler.cur_hysteresis == 1
+            engine.optimizer.loss_scaler.cur_scale = 2.0**10
+            assert jobs.controller(engine).counters["skipped_in_a_row"] == 1
+            resumed = _finish(engine, job, ctx, 6)
+    for what in ("weights", "masters", "exp_avg", "exp_avg_sq"):
+        jobs.assert_identical(resumed[what], uninterrupted[what], what)
+    assert resumed["steps"] == uninterrupted["steps"]
+    assert resumed["counters"] == uninterrupted["counters"]
+    return resumed["counters"]
+
+
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+def saved_between_micro_batches_the_step_begins_anew(ctx: Context, stage: int) -> None:
+    """Files of DeepSpeed hold no gradients: a warning says so, the saving run goes on, the resumed one repeats it."""
+    job, warnings = jobs.Job(stage=stage, accumulation=2), []
+    with recorded_warnings(warnings), jobs.engine_of(job) as engine:
+        for number in range(4):
+            jobs.train_step(engine, job, ctx, number)
+        for micro, batch in enumerate(job.data(4, ctx)[ctx.rank]):
+            engine.backward(models.loss(engine, batch))
+            engine.step()
+            if micro == 0:
+                engine.save_checkpoint(str(ctx.folder / "saved"), tag="between")
+        uninterrupted = _finish(engine, job, ctx, 5)
+    assert (len([text for text in warnings if "1 of 2 micro-batches" in text]) == 1) == (ctx.rank == 0)
+    with jobs.engine_of(jobs.replace(job, model_options={"seed": 99})) as engine:
+        engine.load_checkpoint(str(ctx.folder / "saved"), tag="between")
+        jobs.train_step(engine, job, ctx, 4)
+        resumed = _finish(engine, job, ctx, 5)
+    assert resumed["steps"] == uninterrupted["steps"]
+    jobs.assert_identical(resumed["masters"], uninterrupted["masters"], "masters")
+
+
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), dtype=("fp32", "bf16"))
+def blocks_never_drawn_take_no_space_for_moments(ctx: Context, stage: int, dtype: str) -> dict:
+    """The file of a run that trained one block is smaller by the moments of the others, and loads as any other."""
+    job = jobs.Job(stage=stage, dtype=dtype, model_options={"hidden": 64}, grass={"sampling_period": None})
+    sizes = []
+    for active in (4, 1):
+        few = jobs.with_grass(job, active_layers=active, refresh_period=None, outer="never")
+        with jobs.engine_of(few) as engine:
+            for number in range(3):
+                jobs.train_step(engine, few, ctx, number)
+            engine.save_checkpoint(str(ctx.folder / f"saved{active}"), tag="end")
+            own = engine._get_zero_ckpt_name(str(ctx.folder / f"saved{active}"), "end")
+            sizes.append(Path(own).stat().st_size)
+            shard = max(unit.numel for unit in engine.optimizer.units) // ctx.world_size
+            engine.load_checkpoint(str(ctx.folder / f"saved{active}"), tag="end")
+    saved = sizes[0] - sizes[1]
+    assert saved > 0.95 * 3 * 8 * shard, (sizes, shard)
+    return {"all": sizes[0], "one": sizes[1], "moments of a block": 8 * shard}
+
+
 REFUSED = {
-    "policy": {"policy": "top_k"},
-    "active_layers": {"active_layers": 1},
-    "not saved by a grass job": {"enabled": False},
+    "policy": ({}, {"policy": "top_k"}),
+    "active_layers": ({}, {"active_layers": 1}),
+    "of another model": ({"layers": 5}, {}),
+    "not saved by a grass job": ({}, {"enabled": False}),
 }
-"""What the message says -> the grass block of the job that saved."""
+"""What the message says -> the model and the grass block of the job that saved."""
 
 
 @case(ranks=(1, 2), strength=1, stage=(1, 2, 3), message=tuple(REFUSED))
 def a_refused_checkpoint_changes_nothing(ctx: Context, stage: int, message: str) -> None:
     """The run that was refused another job's checkpoint in its middle is the run that never asked for it."""
     job = jobs.Job(stage=stage, extra={"scheduler": WARMUP})
-    saver = jobs.with_grass(jobs.replace(job, model_options={"seed": 99}), **REFUSED[message])
+    model_options, block = REFUSED[message]
+    saver = jobs.with_grass(jobs.replace(job, model_options={"seed": 99, **model_options}), **block)
     with jobs.engine_of(saver) as engine:
         for number in range(5):
             engine.backward(models.loss(engine, job.data(number, ctx)[ctx.rank][0]))

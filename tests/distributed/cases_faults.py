@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import threading
 import time
@@ -135,6 +136,42 @@ def _assert_skipped(engine: object, job: jobs.Job, ctx: Context) -> None:
     jobs.assert_identical(jobs.masters(engine), masters, "masters after a skipped step")
 
 
+@case(strength=1, ranks=(1, 2), stage=STAGES, value=("nan", "inf"))
+def a_bad_gradient_in_one_block_on_one_rank_is_named(ctx: Context, stage: int, value: str) -> str:
+    """The step is skipped everywhere, the block is named once, and the run goes on as if it had not been."""
+    job, warnings, kept = jobs.Job(stage=stage), [], []
+    for spoils in (False, True):
+        with jobs.engine_of(job) as engine:
+            train_steps(engine, job, ctx, 0, 4)
+            if spoils:
+                block = jobs.controller(engine).active[-1]
+                name = f"{jobs.BLOCK_LISTS[job.model]}.{block}"
+                param = dict(engine.module.named_parameters())[f"{name}.mlp.up_proj.weight"]
+                factor = float(value) if ctx.rank == ctx.world_size - 1 else 1.0
+                hook = param.register_hook(functools.partial(torch.mul, other=factor))
+                with recorded_warnings(warnings):
+                    assert not jobs.train_step(engine, job, ctx, 77).applied
+                hook.remove()
+            kept.append((jobs.train_step(engine, job, ctx, 4), jobs.masters(engine)))
+    assert kept[0][0] == kept[1][0]
+    jobs.assert_identical(kept[0][1], kept[1][1], "masters")
+    assert len(warnings) == (ctx.rank == 0), warnings
+    assert all(f"non-finite gradient in {name};" in text for text in warnings)
+    return str(warnings)
+
+
+@contextlib.contextmanager
+def recorded_warnings(texts: list[str]) -> Iterator[None]:
+    """What the package warns of goes into `texts`."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logging.getLogger("ds_grass").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("ds_grass").removeHandler(handler)
+
+
 @case(strength=1, ranks=(1, 2), stage=(1, 3))
 def twenty_skipped_steps_in_a_row_end_the_job(ctx: Context, stage: int) -> None:
     """An error on every rank instead of an endless run that trains nothing."""
@@ -146,6 +183,54 @@ def twenty_skipped_steps_in_a_row_end_the_job(ctx: Context, stage: int) -> None:
                 engine.step()
         with pytest.raises(RuntimeError, match="20 optimizer steps in a row"):
             engine.step()
+
+
+def train_steps(engine: object, job: jobs.Job, ctx: Context, first: int, last: int) -> None:
+    for number in range(first, last):
+        jobs.train_step(engine, job, ctx, number)
+
+
+@contextlib.contextmanager
+def no_more_pages() -> Iterator[None]:
+    """The kernel gives this process no more memory for states."""
+    import mmap
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        yield
+
+
+@case(strength=1, ranks=(1, 2), stage=(1, 3), mode=("resident", "stream"))
+def host_memory_that_runs_out_on_one_rank_ends_all(ctx: Context, stage: int, mode: str) -> str:
+    """A block is drawn for the first time and its home cannot be made: every rank says so, none hangs."""
+    job = jobs.Job(
+        stage=stage,
+        grass={"policy": "cyclic", "probe_steps": 0, "active_layers": 1, "states": {"mode": mode}},
+    )
+    with jobs.engine_of(job) as engine, contextlib.ExitStack() as stack:
+        jobs.train_step(engine, job, ctx, 0)
+        if ctx.rank == ctx.world_size - 1:
+            stack.enter_context(no_more_pages())
+        with pytest.raises(RuntimeError, match="cannot allocate .* of host memory") as caught:
+            train_steps(engine, job, ctx, 1, 5)
+    return str(caught.value)
+
+
+@case(strength=1, ranks=(2,), stage=STAGES)
+def a_rank_whose_draw_was_tampered_with_is_named(ctx: Context, stage: int) -> str:
+    """One rank's sampler goes astray: the draw is compared before anything switches, and all ranks name that rank."""
+    job = jobs.Job(stage=stage, grass={"active_layers": 1, "temperature": 1e6})
+    with jobs.engine_of(job) as engine:
+        train_steps(engine, job, ctx, 0, 2)
+        grass = jobs.controller(engine)
+        if ctx.rank == 1:
+            grass._sampler._generator.manual_seed(4)
+        with pytest.raises(RuntimeError, match=r"rank\(s\) \[1\] drew other blocks than rank 0") as caught:
+            train_steps(engine, job, ctx, 2, 20)
+    return str(caught.value)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from tests import models
 from tests.distributed import jobs
+from tests.distributed.cases_universal import UNIVERSAL, convert_together
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
 
@@ -160,8 +161,8 @@ def loss_of_a_line_is_the_mean_of_what_went_into_backward(
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, save_after=(1, 4, 7))
-def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int) -> None:
+@case(ranks=(1, 2), strength=1, stage=STAGES, save_after=(1, 4, 7), universal=(False, True))
+def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int, universal: bool) -> None:
     """Saved while probing, and in the middle of two periods; another run's lines in between stay as they are."""
     job = jobs.Job(stage=stage, grass={"probe_steps": PROBE, "sampling_period": PERIOD})
     foreign = '{"run_id": "another", "event": "draw", "applied_steps": 99}\n'
@@ -177,8 +178,11 @@ def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int)
     dist.barrier()
     whole = _lines() if ctx.rank == 0 else []
     dist.barrier()
-    with jobs.engine_of(job) as engine:
-        engine.load_checkpoint(str(ctx.folder / "saved"), tag="middle")
+    if universal:
+        convert_together(ctx, ctx.folder / "saved" / "middle")
+    resumed_job = jobs.replace(job, extra=UNIVERSAL if universal else {})
+    with jobs.engine_of(resumed_job) as engine:
+        engine.load_checkpoint(str(ctx.folder / "saved"), tag="middle_universal" if universal else "middle")
         for number in range(save_after, STEPS):
             jobs.train_step(engine, job, ctx, number)
     dist.barrier()

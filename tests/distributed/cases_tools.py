@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -148,6 +149,13 @@ def tensor_parallel_shards_add_up_and_copies_count_once(ctx: Context, stage: int
     expected = [math.sqrt(square / (16 + 2 * 16)) for square in squares]  # unsharded: shared once, own twice
     for ours, theirs in zip(ds_grass.controller(engine).importance, expected, strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-5)
+    engine.save_checkpoint(str(ctx.folder / "saved"), tag="sliced")
+    path, _ = engine.load_checkpoint(str(ctx.folder / "saved"))
+    assert path is not None
+    assert math.isclose(ds_grass.controller(engine).importance[0], expected[0], rel_tol=1e-5)
+    engine._config.load_universal_checkpoint = True
+    with pytest.raises(ValueError, match="2 tensor-parallel ranks"):
+        engine.load_checkpoint(str(ctx.folder / "saved"), tag="sliced")
     engine.destroy()
 
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,25 @@ def run_cases(world_size: int, cases: Sequence[Case], folder: Path) -> dict[str,
 
 def _run_group(world_size: int, cases: Sequence[Case], work: Path) -> dict[str, CaseResult]:
     """Run cases until one breaks; return the results of those that ran, at least one."""
+    with started(world_size, cases, work) as processes:
+        _wait(processes, work)
+    return _collect(cases, work, world_size, [p.returncode for p in processes])
+
+
+@contextlib.contextmanager
+def started(world_size: int, cases: Sequence[Case], work: Path) -> Iterator[list[subprocess.Popen]]:
+    """The processes of a group, running; rank r writes `rank<r>.log` in `work`. What still runs at the end is ended."""
     work.mkdir(parents=True)
     (work / "cases.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases]))
     logs = [(work / f"rank{r}.log").open("w") for r in range(world_size)]
     extra = cases[0].environment or [{}] * world_size
     processes = [_start(work, r, world_size, logs[r], extra[r]) for r in range(world_size)]
     try:
-        _wait(processes, work)
+        yield processes
     finally:
         _end(processes)
         for log in logs:
             log.close()
-    return _collect(cases, work, world_size, [p.returncode for p in processes])
 
 
 def _start(work: Path, rank: int, world_size: int, log, extra: dict[str, str]) -> subprocess.Popen:

@@ -219,3 +219,42 @@ def check_told(whole: list[dict], resumed: list[dict], histories: list[list[dict
         assert (log["grass_applied_steps"], log["grass_phase_probe"]) == (10 - probe_steps, 0.0)
         assert log["grass_active_layers"] == 1
         assert not [entry for entry in history if "eval_loss" in entry and "grass_draws" in entry]
+
+
+def saving_trainer(tmp_path: Path, model: Path, text: Path, stage: int, *more: str) -> Path:
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config = write_config(tmp_path / "ds_config.json", grass=GRASS, zero_optimization=zero)
+    script = launch.torchrun(
+        HOSTS / "trainer_saves.py", model, text, config, tmp_path / "out", STEPS, *more, ranks=2
+    )
+    launch.launch(script, tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer_ends_with_its_best_checkpoint(stage, tmp_path, model_folder, text_file):
+    """`load_best_model_at_end`: the model saved last is, bit for bit, the second of three checkpoints."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    output = saving_trainer(tmp_path, model_folder, text_file, stage)
+    final = load_file(output / "model.safetensors")
+    best, last = (
+        get_fp32_state_dict_from_zero_checkpoint(str(output / f"checkpoint-{step}")) for step in (6, 9)
+    )
+    assert all(torch.equal(final[name], best[name]) for name in final)
+    assert any(not torch.equal(final[name], last[name]) for name in final)
+    events = launch.read_log(tmp_path)  # nothing was trained from it, so nothing of the log is undone
+    assert [event["applied_steps"] for event in events if event["event"] == "draw"] == [0, 3, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer_that_saves_only_the_model_saves_all_of_it(stage, tmp_path, model_folder, text_file):
+    """`save_only_model`: every block is in the file, resting ones too, and no states lie about."""
+    output = saving_trainer(tmp_path, model_folder, text_file, stage, "only-model")
+    check_run(tmp_path, model_folder, output, steps=STEPS, probe_steps=2, period=3)
+    saved, final = (load_file(folder / "model.safetensors") for folder in (output / "checkpoint-9", output))
+    assert saved.keys() == load_file(model_folder / "model.safetensors").keys()
+    assert all(torch.equal(saved[name], final[name]) for name in final)
+    assert not list(output.glob("checkpoint-*/global_step*"))

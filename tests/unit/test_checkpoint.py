@@ -1,5 +1,7 @@
 """What belongs to a checkpoint is checked before anything changes, in one line."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,20 +15,29 @@ def unit(key, name, numel):
 
 
 UNITS = (unit(0, "blocks.0", 4), unit(1, "blocks.1", 6))
-SAVED = {"format": 1, "units": [{"name": "blocks.0", "numel": 4}, {"name": "blocks.1", "numel": 6}]}
+GROUPS = [{"params": [], "lr": 0.1}]
+SAVED = {
+    "format": checkpoint.FORMAT,
+    "units": [{"name": "blocks.0", "numel": 4}, {"name": "blocks.1", "numel": 6}],
+    "groups": [{"lr": 0.2}],
+    "drawn": [1],
+    "steps": [0, 5],
+}
 
 
 def test_the_same_units_are_accepted():
-    for count in (2, [2, 2]):
-        saved = {"grass": SAVED, "partition_count": count}
-        assert checkpoint.check(saved, UNITS, 2, "the checkpoint") is SAVED
+    assert checkpoint.check({"grass": SAVED}, UNITS, GROUPS, "the checkpoint") is SAVED
 
 
 @pytest.mark.parametrize(
     ("saved", "text"),
     [
         (None, "was not saved by a grass job"),
-        (SAVED | {"format": 9}, "has grass format 9, ours is 1"),
+        (
+            SAVED | {"format": 9, "version": "7.1"},
+            "has grass format 9 and this ds_grass reads 2; load it with ds_grass 7.1",
+        ),
+        (SAVED | {"groups": []}, "has 0 parameter groups and this job 1"),
         (SAVED | {"units": SAVED["units"][:1]}, "unit 1 is missing there"),
         (SAVED | {"units": [SAVED["units"][0], {"name": "blocks.1", "numel": 7}]}, "unit 1 is"),
         (SAVED | {"units": [*SAVED["units"], {"name": "blocks.2", "numel": 7}]}, "and missing here"),
@@ -34,19 +45,31 @@ def test_the_same_units_are_accepted():
 )
 def test_what_cannot_belong_to_this_job_is_refused_in_one_line(saved, text):
     with pytest.raises(ValueError, match=text) as refused:
-        checkpoint.check({"grass": saved, "partition_count": 2}, UNITS, 2, "the checkpoint")
+        checkpoint.check({"grass": saved}, UNITS, GROUPS, "the checkpoint")
     assert "\n" not in str(refused.value)
 
 
-def test_another_number_of_ranks_is_refused():
+@pytest.mark.parametrize("count", [4, [4, 4]])
+def test_another_number_of_ranks_is_refused(count):
+    checkpoint.check_ranks({"partition_count": count}, 4, "the checkpoint")
     with pytest.raises(ValueError, match="saved by 4 data-parallel ranks and is loaded by 2"):
-        checkpoint.check({"grass": SAVED, "partition_count": [4, 4]}, UNITS, 2, "the checkpoint")
+        checkpoint.check_ranks({"partition_count": count}, 2, "the checkpoint")
 
 
-def test_a_universal_checkpoint_is_refused_by_the_key():
-    checkpoint.refuse_universal(None)
-    with pytest.raises(ValueError, match=r"checkpoint\.load_universal is true"):
-        checkpoint.refuse_universal("folder")
+def test_steps_are_those_of_units_that_were_drawn():
+    assert checkpoint.steps_of(SAVED) == {1: 5}
+
+
+def test_groups_are_the_users_and_name_their_units():
+    groups = [{"params": ["a"], "lr": 0.1}, {"params": ["b"], "lr": 0.2}]
+    units = (UNITS[0], Unit(1, 1, 1, False, "b", ("b.w",), UNITS[1].params, (6,), torch.float32))
+    assert checkpoint.param_groups(units, groups) == [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1]}]
+
+
+def test_one_step_stands_for_all_where_deepspeed_knows_one():
+    state = checkpoint.SavedState(torch.ones(1), torch.ones(1), torch.ones(1), 0)
+    states = checkpoint.optimizer_state([state, replace(state, step=7)])
+    assert [float(entry["step"]) for entry in states.values()] == [7.0, 7.0]
 
 
 def test_padded_adds_zeros_behind():

@@ -17,6 +17,10 @@ NO_MASTERS = {"states": {"master_weights": False}}
 
 # dotted key of ds_config, value in conflict, the rest of ds_config, the grass block
 CONFLICTS = [
+    ("checkpoint.writer", {"type": "STANDARD"}, {}, {}),
+    ("checkpoint.use_node_local_storage", True, {}, {}),
+    ("nebula.enabled", True, {}, {}),
+    ("datastates_ckpt", {"host_cache_size": 16}, {}, {}),
     ("zero_optimization.stage", 4, {}, {}),
     ("zero_optimization.stage", -1, {}, {}),
     ("zero_optimization.offload_optimizer.device", "cpu", {}, {}),

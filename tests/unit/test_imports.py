@@ -25,6 +25,9 @@ ORDER = """
     ds_grass.layers
     ds_grass.units
 
+    ds_grass.durable_files
+    ds_grass.manifest
+
     ds_grass.importance
     ds_grass.sampler
     ds_grass.policies.grass
@@ -59,9 +62,13 @@ ORDER = """
     ds_grass.zero.shards
     ds_grass.zero.reducer
     ds_grass.zero.journal
+    ds_grass.zero.together
     ds_grass.zero.core
     ds_grass.zero.announce
     ds_grass.zero.checkpoint
+    ds_grass.zero.saving
+    ds_grass.zero.universal
+    ds_grass.zero.loading
     ds_grass.zero.assembly
     ds_grass.zero.fragments
     ds_grass.zero.host

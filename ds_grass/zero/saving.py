@@ -1,0 +1,247 @@
+"""`engine.save_checkpoint`, made atomic: a checkpoint is complete under its name, or it is not there.
+
+DeepSpeed writes into the folder of the tag and names it in `latest` before its ranks have met. Here it writes into a
+hidden folder beside it. Each rank syncs and sums up its own files; ranks meet; rank 0 writes the manifest, gives the
+folder its name (an older checkpoint of that name goes only then) and replaces `latest` by a rename. A rank that fails,
+on a full disk say, fails the save on all ranks with its reason, and what was there before is untouched.
+
+    .<tag>.saving     being written; a crash leaves it, the next save under this tag removes it
+    .<tag>.replaced   the older checkpoint of the same name, between two renames; `recover` puts it back
+
+Not covered: asynchronous checkpoint engines (refused in `conflicts`) and storage local to a node (refused as well).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+import ds_grass
+from ds_grass import manifest
+from ds_grass.durable_files import ChecksumWriter, FileRecord, sync_folder, write_text
+from ds_grass.telemetry import human_bytes
+from ds_grass.zero.together import rank, together
+
+logger = logging.getLogger("ds_grass")
+
+_UNSAVED = (OSError, MemoryError, RuntimeError, TypeError, AttributeError, ValueError, pickle.PicklingError)
+"""What saving a file may raise: the file system, PyTorch's archive writer, a client state that cannot be pickled. It
+may happen on one rank only, and must not end that one alone."""
+
+UNIVERSAL_INFO = "universal_checkpoint_info"
+"""What `ds_to_universal` asks of stage 1 and 2 checkpoints; empty says: no tensor parallelism to describe."""
+
+
+class RecordingEngine:
+    """DeepSpeed's checkpoint engine, but `save` writes durably, keeps records, and never raises: see `failure`."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.records: dict[Path, FileRecord] = {}
+        self.checksum_seconds = 0.0
+        self.failure: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def save(self, state_dict: Mapping, path: str) -> None:
+        """Write one file; the first failure is kept, and later files are not written."""
+        self.guard(lambda: self._write(state_dict, Path(path)))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.guard(lambda: self._inner.makedirs(path, exist_ok=exist_ok))
+
+    def guard(self, effect: Callable[[], Any]) -> None:
+        """Run `effect` unless something failed before; keep what it raises."""
+        if self.failure is None:
+            try:
+                effect()
+            except _UNSAVED as error:
+                self.failure = error
+
+    def _write(self, state_dict: Mapping, path: Path) -> None:
+        writer, as_archive = ChecksumWriter(path), getattr(self._inner, "zipfile_serialization", True)
+        try:
+            torch.save(state_dict, writer, _use_new_zipfile_serialization=as_archive)
+        finally:
+            self.records[path] = writer.close()
+            self.checksum_seconds += writer.checksum_seconds
+
+
+def guard_saving(engine: Any, engine_class: type) -> None:
+    """Replace `save_checkpoint` on this one engine."""
+    stock = engine_class.save_checkpoint
+
+    def save_checkpoint(save_dir: str, tag: str | None = None, client_state: Mapping | None = None,
+                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:  # fmt: skip
+        if not hasattr(engine.optimizer, "core"):  # DeepSpeed built no optimizer after all
+            return stock(engine, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        if not save_dir:
+            raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+        tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+        started = time.perf_counter()
+        _warn_between_micro_batches(engine)
+        place = Place(Path(save_dir), tag)
+        _meet_to_begin(place)
+        client_state = {UNIVERSAL_INFO: {}, **(client_state or {})}
+        try:
+            with _recorded(engine) as recording:
+                stock(engine, save_dir, place.staging_tag, client_state, False, exclude_frozen_parameters)
+        finally:
+            engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a save raises
+        _meet_to_finish(place, recording, engine.zero_optimization_stage(), save_latest)
+        _tell(engine, place, recording, time.perf_counter() - started)
+        return True
+
+    object.__setattr__(engine, "save_checkpoint", save_checkpoint)
+
+
+class Place:
+    """The folders of one tag. A tag may name a folder below another, "a/b"."""
+
+    def __init__(self, save_dir: Path, tag: str) -> None:
+        self.save_dir, self.tag = save_dir, tag
+        parent, name = os.path.split(tag)
+        self.staging_tag = os.path.join(parent, f".{name}.saving")
+        self.final = save_dir / tag
+        self.staging = save_dir / self.staging_tag
+        self.replaced = save_dir / parent / f".{name}.replaced"
+
+    def recover(self) -> None:
+        """Undo, or finish, a replacement that was interrupted. One rank calls it."""
+        if self.replaced.is_dir():
+            if self.final.is_dir():
+                shutil.rmtree(self.replaced)
+            else:
+                os.rename(self.replaced, self.final)
+                logger.warning("grass: %s had been interrupted while it was replaced; it is back", self.final)
+
+    def begin(self) -> None:
+        """An empty folder to write into. One rank calls it."""
+        self.recover()
+        if self.staging.exists():
+            shutil.rmtree(self.staging)
+        self.staging.mkdir(parents=True)
+
+    def finish(self, text: str) -> None:
+        """Manifest, then the name. One rank calls it, when all files are synced."""
+        write_text(self.staging / manifest.NAME, text)
+        if self.final.exists():
+            os.rename(self.final, self.replaced)
+        os.rename(self.staging, self.final)
+        sync_folder(self.final.parent)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
+
+    def give_up(self) -> None:
+        """Remove what was written; what cannot be removed is left for the next save."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+@contextmanager
+def _recorded(engine: Any) -> Iterator[RecordingEngine]:
+    """While DeepSpeed saves, its effects on the file system are ours, and no rank leaves it early."""
+    recording = RecordingEngine(engine.checkpoint_engine)
+    copy_script = engine._copy_recovery_script
+    engine.checkpoint_engine = recording
+    object.__setattr__(
+        engine, "_copy_recovery_script", lambda path: recording.guard(lambda: copy_script(path))
+    )
+    try:
+        yield recording
+    finally:
+        engine.checkpoint_engine = recording._inner
+        object.__delattr__(engine, "_copy_recovery_script")
+
+
+def _meet_to_begin(place: Place) -> None:
+    """All ranks save under one tag, or none does; rank 0 makes the folder."""
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            place.begin()
+        except OSError as error:
+            failure = RuntimeError(f"checkpoint {place.final} cannot be saved: {error}")
+    tags = together(place.tag, failure)
+    different = [number for number, tag in enumerate(tags) if tag != tags[0]]
+    if different:
+        raise ValueError(
+            f"save_checkpoint: rank(s) {different} use another tag than rank 0 ({tags[0]!r}; this rank: "
+            f"{place.tag!r}); all ranks must save under the same tag"
+        )
+
+
+def _meet_to_finish(place: Place, recording: RecordingEngine, stage: int, save_latest: bool) -> None:
+    """Every rank's files are on the disk, or the save fails everywhere; then rank 0 makes it valid."""
+    mine = {str(path.relative_to(place.staging)): record for path, record in recording.records.items()}
+    try:
+        everyone = together(mine, _explained(place, recording.failure))
+    except RuntimeError:
+        if rank() == 0:
+            place.give_up()
+        raise
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            place.finish(_manifest(place.tag, stage, everyone).to_json())
+            if save_latest:
+                write_text(place.save_dir / "latest", place.tag)
+        except OSError as error:
+            failure = _explained(place, error)
+    together(None, failure)
+
+
+def _explained(place: Place, error: Exception | None) -> Exception | None:
+    if error is None:
+        return None
+    return RuntimeError(
+        f"checkpoint {place.final} was not saved ({error}); older checkpoints are untouched; free some space, "
+        "or save elsewhere"
+    )
+
+
+def _manifest(tag: str, stage: int, everyone: list[Mapping[str, FileRecord]]) -> manifest.Manifest:
+    versions = {
+        "ds_grass": ds_grass.__version__,
+        "deepspeed": deepspeed.__version__,
+        "torch": torch.__version__,
+    }
+    files = {name: record for records in everyone for name, record in records.items()}
+    return manifest.Manifest(tag, len(everyone), stage, versions, files)
+
+
+def _warn_between_micro_batches(engine: Any) -> None:
+    done = engine.micro_steps % engine.gradient_accumulation_steps()
+    if done and rank() == 0:
+        logger.warning(
+            "grass: saving after %d of %d micro-batches of a step; DeepSpeed's checkpoints hold no gradients, so a "
+            "resumed run begins that step anew; save after engine.step() at a boundary",
+            done,
+            engine.gradient_accumulation_steps(),
+        )
+
+
+def _tell(engine: Any, place: Place, recording: RecordingEngine, seconds: float) -> None:
+    core = engine.optimizer.core
+    nbytes = sum(record.nbytes for record in recording.records.values())
+    core.job.log.write(
+        "saved",
+        step=core.controller.counters["applied_steps"],
+        tag=place.tag,
+        rank_bytes=nbytes,
+        seconds=round(seconds, 6),
+        checksum_seconds=round(recording.checksum_seconds, 6),
+    )
+    if rank() == 0:
+        logger.info("GRASS: saved %s, %s of this rank in %.2f s, of which checksums %.2f s",
+                    place.final, human_bytes(nbytes), seconds, recording.checksum_seconds)  # fmt: skip
