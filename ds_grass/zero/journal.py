@@ -2,6 +2,7 @@
 
     a draw or a refresh       a line with everything; scalars
     a skipped step            a line, with the blocks that were not finite
+    a checkpoint is saved     a line, with its tag, bytes and seconds
     50 steps without a line   a short line with the loss and what adds up; scalars
     the first step after      the log goes on from where the checkpoint was saved; a line with everything, and the
     loading a checkpoint      start's facts
@@ -122,6 +123,12 @@ class Journal:
             if self._steps_since_line >= MAX_STEPS_BETWEEN_LINES:
                 self._tell("step", without=_BY_BLOCK)
             self._send_all()
+
+    def saved(self, **fields: Any) -> None:
+        """A checkpoint is complete. Of one that was loaded and not trained from, the log says nothing."""
+        if self.tells and self._resumes_as is None:
+            with self.time:
+                self.log.write("saved", **self._place(), **fields)
 
     def resume(self, saved: Mapping[str, Any] | None) -> None:
         """A checkpoint was loaded, and the controller with it. `saved`: what `identity` was then; None: it had none.

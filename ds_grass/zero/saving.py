@@ -234,9 +234,7 @@ def _warn_between_micro_batches(engine: Any) -> None:
 def _tell(engine: Any, place: Place, recording: RecordingEngine, seconds: float) -> None:
     core = engine.optimizer.core
     nbytes = sum(record.nbytes for record in recording.records.values())
-    core.job.log.write(
-        "saved",
-        step=core.controller.counters["applied_steps"],
+    core.journal.saved(
         tag=place.tag,
         rank_bytes=nbytes,
         seconds=round(seconds, 6),

@@ -115,10 +115,11 @@ def test_every_line_can_be_placed(tmp_path: Path):
     run = MadeRun(tmp_path / "a.jsonl", num_blocks=5)
     run.train(80)
     run.journal.skipped(["model.layers.1"])
+    run.journal.saved(tag="step80", seconds=0.5)
     run.resume(run.save())
     run.train(81)
     found = lines(tmp_path / "a.jsonl")
-    assert {line["event"] for line in found} >= {"start", "draw", "skipped", "resume"}
+    assert {line["event"] for line in found} >= {"start", "draw", "skipped", "saved", "resume"}
     for line in found:
         assert all(isinstance(line[name], int) for name in PLACE), line
     assert found[0]["planned_probe_steps"] == 4
@@ -210,6 +211,7 @@ def test_checkpoint_loaded_and_not_trained_from_leaves_the_log_as_it_is(tmp_path
     run.train(80)
     before = (tmp_path / "a.jsonl").read_bytes()
     run.resume(saved)
+    run.journal.saved(tag="end")
     assert run.save()["log"] == {"run_id": run_id}
     run.journal.close()
     assert (tmp_path / "a.jsonl").read_bytes() == before
