@@ -30,7 +30,7 @@ def draw_losses(axes: Axes, runs: tuple[tuple[Run, str], ...]) -> None:
     for run, color in runs:
         axes.plot(run.eval_steps, run.losses, marker="o", markersize=3, color=color, label=run.title)
     axes.axvspan(
-        0, runs[0][0].start["probe_steps"], color=GREEN, alpha=0.12, linewidth=0, label="GRASS probes"
+        0, runs[0][0].start["planned_probe_steps"], color=GREEN, alpha=0.12, linewidth=0, label="GRASS probes"
     )
     axes.set(title="Held-out loss on Python code", xlabel="step", ylabel="nats a token")
     axes.legend(frameon=False)
@@ -54,7 +54,7 @@ def draw_active(axes: Axes, grass: Run) -> None:
     ):
         for block in draw["active"]:
             axes.broken_barh([(begin, end - begin)], (block - 0.42, 0.84), facecolor=GREEN, edgecolor="white")
-    num_blocks, probe_steps = grass.start["num_blocks"], grass.start["probe_steps"]
+    num_blocks, probe_steps = grass.start["num_blocks"], grass.start["planned_probe_steps"]
     axes.axvspan(0, probe_steps, color=GREEN, alpha=0.12, linewidth=0)
     axes.set(title="Active blocks", xlabel="step", ylabel="block", xlim=(0, grass.steps))
     axes.set(ylim=(-0.6, num_blocks - 0.4), yticks=range(0, num_blocks, 2))

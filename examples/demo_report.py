@@ -117,7 +117,7 @@ def effective_draws(run: Run) -> list[dict[str, Any]]:
 
 def interval_checks(grass: Run, pretrained: dict[str, torch.Tensor]) -> Iterator[Check]:
     """Between two saved checkpoints exactly the active blocks changed; while probing nothing did."""
-    probe_steps = grass.start["probe_steps"]
+    probe_steps = grass.start["planned_probe_steps"]
     wrong: list[str] = []
     probe_is_still, intervals = True, 0
     last_step, last = 0, pretrained
