@@ -106,7 +106,7 @@ def made_up_run(report, folder: Path, *, touch: dict[int, list[str]]):
         {"probe_steps": 2, "applied_steps": 2, "active": [2]},
         {"probe_steps": 2, "applied_steps": 4, "active": [1]},
     ]
-    start = {"blocks": ["layers.0", "layers.1", "layers.2"], "probe_steps": 2, "num_blocks": 3}
+    start = {"blocks": ["layers.0", "layers.1", "layers.2"], "planned_probe_steps": 2, "num_blocks": 3}
     return report.Run("GRASS", folder, 1.0, 1.0, 6, [0, 6], [3.0, 2.0], start, draws)
 
 
