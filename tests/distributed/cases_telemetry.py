@@ -190,7 +190,9 @@ def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int,
         return
     lines = _lines()
     assert Path("grass.jsonl").read_text().count(foreign) == 1
-    assert all({"probe_steps", "applied_steps", "skipped_steps"} <= line.keys() for line in lines if "tag" in line)
+    assert all(
+        {"probe_steps", "applied_steps", "skipped_steps"} <= line.keys() for line in lines if "tag" in line
+    )
     assert [line["event"] for line in lines].count("saved") == 1
     ours = [line for line in lines if line["run_id"] != "another"]
     assert len({line["run_id"] for line in ours}) == 1
