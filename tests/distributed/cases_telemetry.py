@@ -213,7 +213,7 @@ def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int,
 # -- its cost --------------------------------------------------------------------------------------------------------
 
 
-@case(ranks=(1,), strength=1, stage=(2, 3))
+@case(ranks=(1,), stage=(2,))
 def telling_costs_less_than_half_a_percent_of_a_step(ctx: Context, stage: int) -> dict:
     """A line every ten steps, with the median of steps with and without one: other jobs share the machine."""
     period = 10

@@ -208,6 +208,36 @@ def test_memory_of_the_host_is_told_by_what_bounds_it(monkeypatch):
     assert "no limit" in [finding.value for finding in machine.memory()]
 
 
+def test_device_is_told_with_all_that_it_takes(monkeypatch, tmp_path):
+    """On a machine that has none, as far as PyTorch's answers go."""
+    import torch
+
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1\nGCC version: 12\n")
+    monkeypatch.setattr(machine, "_DRIVER", driver)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for owner, name, answer in (
+        (torch.cuda, "is_available", True),
+        (torch.cuda, "device_count", 2),
+        (torch.cuda, "get_device_name", "H100"),
+        (torch.backends.cudnn, "is_available", True),
+        (torch.backends.cudnn, "version", 91002),
+        (torch.distributed, "is_nccl_available", True),
+        (torch.cuda.nccl, "version", (2, 27, 3)),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, answer=answer: answer)
+    told = {finding.name: finding.value for finding in machine.kernels() if finding.name != "native"}
+    assert told == {
+        "device": "2 x H100",
+        "CUDA of torch": "12.8",
+        "cuDNN": "91002",
+        "NCCL": "2.27.3",
+        "driver": "NVIDIA UNIX x86_64 Kernel Module  570.1",
+    }
+    driver.unlink()
+    assert "driver" not in {finding.name for finding in machine.kernels()}
+
+
 def config_findings(tmp_path, text):
     path = tmp_path / "ds_config.json"
     path.write_text(text)
