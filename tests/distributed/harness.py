@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -72,26 +73,34 @@ class CaseResult:
         return f"{self.case.id}\n" + "\n".join(parts)
 
 
-def run_cases(world_size: int, cases: Sequence[Case], folder: Path) -> dict[str, CaseResult]:
-    """Run `cases` on `world_size` ranks and return a result for each, whatever happens to the processes."""
+def run_cases(
+    world_size: int, cases: Sequence[Case], folder: Path, stop: threading.Event | None = None
+) -> dict[str, CaseResult]:
+    """Run `cases` on `world_size` ranks and return a result for each, whatever happens to the processes.
+
+    Once `stop` is set, processes are ended and what has no result yet is left out.
+    """
+    stop = stop or threading.Event()
     results: dict[str, CaseResult] = {}
     groups = [[c] for c in cases if c.alone] + [[c for c in cases if not c.alone]]
     number = 0
     for group in groups:
         left = list(group)
-        while left:
+        while left and not stop.is_set():
             work = folder / f"ranks{world_size}-group{number}"
             number += 1
-            done = _run_group(world_size, left, work)
+            done = _run_group(world_size, left, work, stop)
             results |= done
             left = [c for c in left if c.id not in done]
     return results
 
 
-def _run_group(world_size: int, cases: Sequence[Case], work: Path) -> dict[str, CaseResult]:
+def _run_group(
+    world_size: int, cases: Sequence[Case], work: Path, stop: threading.Event
+) -> dict[str, CaseResult]:
     """Run cases until one breaks; return the results of those that ran, at least one."""
     with started(world_size, cases, work) as processes:
-        _wait(processes, work)
+        _wait(processes, work, stop)
     return _collect(cases, work, world_size, [p.returncode for p in processes])
 
 
@@ -133,10 +142,10 @@ def _start(work: Path, rank: int, world_size: int, log, extra: dict[str, str]) -
     )
 
 
-def _wait(processes: Sequence[subprocess.Popen], work: Path) -> None:
+def _wait(processes: Sequence[subprocess.Popen], work: Path, stop: threading.Event) -> None:
     """Return when all have ended, or when one failed and the others had their time to notice."""
     deadline = None
-    while any(p.poll() is None for p in processes):
+    while any(p.poll() is None for p in processes) and not stop.is_set():
         time.sleep(0.05)
         broken = any(p.poll() for p in processes) or (work / "failed").exists()
         if broken and deadline is None:
