@@ -218,7 +218,7 @@ def _make_job(engine: Any, plan: _Plan, optimizer: Any) -> Any:
     from ds_grass.backward_cut import BackwardCut
     from ds_grass.controller import Controller
     from ds_grass.layers import outer_warning
-    from ds_grass.telemetry import GrassLog
+    from ds_grass.telemetry.log import GrassLog
     from ds_grass.zero.core import Job
 
     check_optimizer(optimizer)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ds_grass.scalars import events
+from ds_grass.telemetry.scalars import events
 
 if TYPE_CHECKING:
     from ds_grass.zero.journal import Journal

@@ -57,6 +57,6 @@ def _core_of(engine: Any) -> Any:
 
 
 def _numbers(core: Any) -> dict[str, float]:
-    from ds_grass.scalars import trainer_logs
+    from ds_grass.telemetry.scalars import trainer_logs
 
     return trainer_logs(core.journal.describe())

@@ -16,7 +16,7 @@ import torch
 
 from ds_grass.config import GrassConfig
 from ds_grass.controller import Controller
-from ds_grass.telemetry import GrassLog
+from ds_grass.telemetry.log import GrassLog
 from ds_grass.zero.journal import Journal
 
 BLOCK_BYTES = 12 * 7_000_000

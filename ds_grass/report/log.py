@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_grass.report.run import Run, State, is_count
-from ds_grass.telemetry import DEFAULT_LOG_NAME
+from ds_grass.telemetry.log import DEFAULT_LOG_NAME
 
 _STATE_EVENTS = ("draw", "refresh")
 _BEGIN_EVENTS = ("start", "resume")

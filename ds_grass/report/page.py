@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from ds_grass.report.run import Run, is_count
-from ds_grass.telemetry import human_bytes, human_count
+from ds_grass.telemetry.human import human_bytes, human_count
 
 _NONE = "-"
 _MAX_CHARACTERS = 300  # of one cell; a log may hold anything

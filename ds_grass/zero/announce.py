@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 import ds_grass
-from ds_grass.start_line import few_draws_warning, start_line
+from ds_grass.telemetry.start_line import few_draws_warning, start_line
 from ds_grass.zero.core import GrassCore
 
 logger = logging.getLogger("ds_grass")

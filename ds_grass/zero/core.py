@@ -25,7 +25,8 @@ from ds_grass.config import GrassConfig
 from ds_grass.controller import Controller, Transition
 from ds_grass.layers import Layout
 from ds_grass.state_store import StateStore
-from ds_grass.telemetry import GrassLog, OwnTime
+from ds_grass.telemetry.log import GrassLog
+from ds_grass.telemetry.own_time import OwnTime
 from ds_grass.units import Unit, reduction_order
 from ds_grass.zero.journal import Journal
 from ds_grass.zero.placement import resident_fits

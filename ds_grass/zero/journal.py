@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ds_grass.controller import PROBE, Controller
-from ds_grass.log_cut import PLACE
-from ds_grass.loss_meter import LossMeter
-from ds_grass.probe_bar import ProbeBar
-from ds_grass.telemetry import GrassLog, OwnTime
+from ds_grass.telemetry.log import GrassLog
+from ds_grass.telemetry.log_cut import PLACE
+from ds_grass.telemetry.loss_meter import LossMeter
+from ds_grass.telemetry.own_time import OwnTime
+from ds_grass.telemetry.probe_bar import ProbeBar
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
 from ds_grass import manifest
-from ds_grass.telemetry import human_bytes
+from ds_grass.telemetry.human import human_bytes
 from ds_grass.zero import universal
 from ds_grass.zero.saving import Place
 from ds_grass.zero.together import rank, together, world_size

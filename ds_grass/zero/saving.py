@@ -29,7 +29,7 @@ import torch
 import ds_grass
 from ds_grass import manifest
 from ds_grass.durable_files import ChecksumWriter, FileRecord, sync_folder, write_text
-from ds_grass.telemetry import human_bytes
+from ds_grass.telemetry.human import human_bytes
 from ds_grass.zero.together import rank, together
 
 logger = logging.getLogger("ds_grass")

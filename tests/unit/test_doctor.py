@@ -10,7 +10,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from ds_grass import cli, doctor, machine
+from ds_grass import cli, doctor
+from ds_grass.doctor import machine
 
 ENGINE, TRAINER = "deepspeed.runtime.engine", "transformers.trainer"
 LIVE = {

@@ -48,13 +48,17 @@ ORDER = """
 
     ds_grass.adam
     ds_grass.agreement
-    ds_grass.log_cut
-    ds_grass.telemetry
-    ds_grass.start_line
-    ds_grass.loss_meter
-    ds_grass.probe_bar
-    ds_grass.scalars
     ds_grass.backward_cut
+
+    ds_grass.telemetry
+    ds_grass.telemetry.human
+    ds_grass.telemetry.own_time
+    ds_grass.telemetry.log_cut
+    ds_grass.telemetry.log
+    ds_grass.telemetry.start_line
+    ds_grass.telemetry.loss_meter
+    ds_grass.telemetry.probe_bar
+    ds_grass.telemetry.scalars
 
     ds_grass.zero
     ds_grass.zero.compat
@@ -78,9 +82,9 @@ ORDER = """
     ds_grass.step_hooks
     ds_grass.engine_hooks
     ds_grass.trainer_hooks
-    ds_grass.finding
-    ds_grass.machine
-    ds_grass.config_file
+    ds_grass.doctor.finding
+    ds_grass.doctor.machine
+    ds_grass.doctor.config_file
     ds_grass.doctor
     ds_grass.report.run
     ds_grass.report.log

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_grass import probe_bar
-from ds_grass.log_cut import PLACE
-from ds_grass.loss_meter import LossMeter
-from ds_grass.probe_bar import ProbeBar
-from ds_grass.scalars import events, trainer_logs
+from ds_grass.telemetry import probe_bar
+from ds_grass.telemetry.log_cut import PLACE
+from ds_grass.telemetry.loss_meter import LossMeter
+from ds_grass.telemetry.probe_bar import ProbeBar
+from ds_grass.telemetry.scalars import events, trainer_logs
 from tests.made_logs import MadeRun
 
 LINE = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_grass import log_cut
-from ds_grass.telemetry import GrassLog
+from ds_grass.telemetry import log_cut
+from ds_grass.telemetry.log import GrassLog
 
 HERE = {"probe_steps": 4, "applied_steps": 50, "skipped_steps": 1}
 

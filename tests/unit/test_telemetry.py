@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from ds_grass import telemetry
 from ds_grass.config import GrassConfig
-from ds_grass.start_line import few_draws_warning, start_line
-from ds_grass.telemetry import GrassLog, OwnTime, human_bytes, human_count
+from ds_grass.telemetry import log, own_time
+from ds_grass.telemetry.human import human_bytes, human_count
+from ds_grass.telemetry.log import GrassLog
+from ds_grass.telemetry.own_time import OwnTime
+from ds_grass.telemetry.start_line import few_draws_warning, start_line
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,7 +48,7 @@ def test_log_line_holds_event_time_run_and_fields(tmp_path: Path) -> None:
 def test_log_line_is_on_disk_before_write_returns(tmp_path: Path) -> None:
     code = """
         import os, sys
-        from ds_grass.telemetry import GrassLog
+        from ds_grass.telemetry.log import GrassLog
         log = GrassLog(sys.argv[1], True, True)
         log.write("draw", step=1)
         os._exit(1)
@@ -121,7 +123,7 @@ def unwritable(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
         ) -> None:  # root may write anywhere, so permissions can't be tried
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(telemetry, "open", refuse, raising=False)
+        monkeypatch.setattr(log, "open", refuse, raising=False)
     elif kind == "directory removed":
         gone = tmp_path / "gone"
         gone.mkdir()
@@ -162,7 +164,7 @@ def test_log_on_a_full_disk_is_one_warning(caplog: pytest.LogCaptureFixture) -> 
 def test_log_over_the_file_size_limit_is_one_warning_and_keeps_whole_lines_before(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
-        from ds_grass.telemetry import GrassLog
+        from ds_grass.telemetry.log import GrassLog
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
         log = GrassLog(sys.argv[1], True, True)
@@ -193,7 +195,7 @@ def test_log_line_that_is_taken_in_parts_arrives_whole(
         def write(self, data: Any) -> int:
             return super().write(bytes(data[:7]))
 
-    monkeypatch.setattr(telemetry, "open", lambda path, mode, buffering: Reluctant(path, "a+"), raising=False)
+    monkeypatch.setattr(log, "open", lambda path, mode, buffering: Reluctant(path, "a+"), raising=False)
     GrassLog(str(tmp_path / "a.jsonl"), enabled=True, is_writer=True).write("draw", step=1)
     assert lines(tmp_path / "a.jsonl")[0]["step"] == 1
 
@@ -334,7 +336,7 @@ def test_own_time_adds_up_what_is_spent_inside_and_counts_nesting_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([10.0, 13.0, 20.0, 21.5])
-    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(own_time.time, "perf_counter", lambda: next(clock))
     own = OwnTime()
     with own, own:
         pass

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from ds_grass import trainer_hooks
-from ds_grass.telemetry import OwnTime
+from ds_grass.telemetry.own_time import OwnTime
 
 
 class Core:

@@ -20,9 +20,9 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from ds_grass import machine
-from ds_grass.config_file import config_file
-from ds_grass.finding import Finding
+from ds_grass.doctor import machine
+from ds_grass.doctor.config_file import config_file
+from ds_grass.doctor.finding import Finding
 
 NEEDED = ("ds-grass", "torch", "deepspeed", "pydantic", "rich")
 OPTIONAL = ("transformers", "accelerate", "matplotlib", "tensorboard", "wandb", "comet-ml", "megatron-core")

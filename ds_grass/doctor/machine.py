@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_grass.finding import Finding
+from ds_grass.doctor.finding import Finding
 
 _UNLIMITED = 2**60  # version 1 of cgroups has no word for it, but a number of about 2**63
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds_grass.config import GrassConfig
-from ds_grass.telemetry import human_bytes, human_count
+from ds_grass.telemetry.human import human_bytes, human_count
 
 
 def few_draws_warning(num_steps: int, config: GrassConfig, num_blocks: int, probe_steps: int) -> str | None:

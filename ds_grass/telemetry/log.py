@@ -1,4 +1,4 @@
-"""The means by which a run tells about itself: grass.jsonl, time in own calls, numbers for people.
+"""grass.jsonl: what a run has to tell, a JSON object a line.
 
 Contract: telling never harms the job. A log that cannot be written is one warning and then silence; values
 that are not JSON are turned into some that are. Nothing is written per step unless the engine asks for it.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_grass import log_cut
+from ds_grass.telemetry import log_cut
 
 logger = logging.getLogger(__name__)
 
@@ -127,50 +126,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-class OwnTime:
-    """Adds up the seconds between entering and leaving; entering again inside counts once.
-
-    Put around the package's own bookkeeping, it lets a benchmark report its share of a step. It measures the
-    host's time, work that was queued on a device is not waited for, and serves one thread at a time.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.calls = 0
-        self._depth = 0
-        self._entered = 0.0
-
-    def __enter__(self) -> OwnTime:
-        if self._depth == 0:
-            self._entered = time.perf_counter()
-        self._depth += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.seconds += time.perf_counter() - self._entered
-            self.calls += 1
-
-    def reset(self) -> None:
-        """Start counting from zero; not while entered."""
-        assert self._depth == 0, "reset inside the measured time"
-        self.seconds, self.calls = 0.0, 0
-
-
-def human_count(number: int) -> str:
-    """`1_234_567_890` -> `1.23 B`; K, M, B, T are powers of 1000."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
-
-
-def human_bytes(number: int) -> str:
-    """`1_610_612_736` -> `1.50 GiB`; powers of 1024."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if number >= 1 << power:
-            return f"{number / (1 << power):.2f} {unit}"
-    return f"{number} B"

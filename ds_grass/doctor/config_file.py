@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_grass.config import GrassConfig, parse_block, shown
 from ds_grass.conflicts import conflicts_of
-from ds_grass.finding import Finding
+from ds_grass.doctor.finding import Finding
 
 
 def config_file(path: str | Path) -> Iterator[Finding]:
