@@ -33,7 +33,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class SavedState:
-    """One unit's state as host tensors: fp32 master and moments, each (shard,), and the unit's Adam steps."""
+    """One unit's state as host tensors, each (shard,): fp32 master, moments in their own dtype; and its Adam steps."""
 
     master: Tensor
     exp_avg: Tensor
@@ -45,16 +45,15 @@ def collect(unit: Unit, store: StateStore, weights: Tensor) -> SavedState:
     """The unit's state, made up from its weights (`weights`: own shard, model dtype) when it was never drawn."""
     held = store.home(unit.key)
     if held is None:
-        zeros = torch.zeros(1).expand(
-            weights.numel()
-        )  # saved as one number; DeepSpeed's tools slice and clone it
-        return SavedState(_on_host(weights), zeros, zeros, 0)
+        # saved as one number; DeepSpeed's tools slice and clone it
+        zeros = torch.zeros(1, dtype=store.moment_dtype).expand(weights.numel())
+        return SavedState(_fp32_on_host(weights), zeros, zeros, 0)
     master = weights if held.master is None else held.master
-    return SavedState(_on_host(master), _on_host(held.exp_avg), _on_host(held.exp_avg_sq), held.step)
+    return SavedState(_fp32_on_host(master), held.exp_avg, held.exp_avg_sq, held.step)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """fp32 on the host, in storage of its own, for `torch.save` writes whole storages; a copy only where needed."""
+def _fp32_on_host(tensor: Tensor) -> Tensor:
+    """In storage of its own, for `torch.save` writes whole storages; a copy only where the state store has none."""
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
     if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and alone:
         return tensor.detach()

@@ -68,7 +68,7 @@ def train(engine: Any, ctx: Context, first: int, last: int) -> list[dict]:
     return steps
 
 
-def states(engine: Any) -> dict[str, dict[str, Tensor]]:
+def all_states(engine: Any) -> dict[str, dict[str, Tensor]]:
     moments = {key: jobs.moments(engine, key) for key in ("exp_avg", "exp_avg_sq")}
     return {"masters": jobs.masters(engine), **moments}
 
@@ -86,7 +86,7 @@ def leg(ctx: Context, *, stage: int, folder: str, part: str) -> None:
             assert client_state["note"] == "mine"
             assert engine.global_steps == SAVED_AFTER
         steps = train(engine, ctx, first, last)
-        found = {"steps": steps, "counters": dict(jobs.controller(engine).counters), **states(engine)}
+        found = {"steps": steps, "counters": dict(jobs.controller(engine).counters), **all_states(engine)}
         found["adam_steps"] = [engine.optimizer.core.store.steps[unit.key] for unit in engine.optimizer.units]
         if part == SAVE:
             engine.save_checkpoint(folder, client_state={"note": "mine"})
@@ -125,7 +125,7 @@ def a_run_goes_on_with_other_ranks_and_another_stage(
     before, after = (torch.load(folder / f"{part}.pt", weights_only=True) for part in (SAVE, RESUME))
     with jobs.engine_of(job_of(ctx, 1)) as engine:
         steps = train(engine, ctx, 0, TOTAL_STEPS)
-        wanted, counters = states(engine), dict(jobs.controller(engine).counters)
+        wanted, counters = all_states(engine), dict(jobs.controller(engine).counters)
         adam_steps = [engine.optimizer.core.store.steps[unit.key] for unit in engine.optimizer.units]
     assert after["counters"] == counters
     assert after["adam_steps"] == adam_steps, "Adam's steps of each unit"
@@ -148,7 +148,7 @@ def plain_adamw_becomes_a_grass_job_state_by_state(ctx: Context, stage: int, dty
     with jobs.engine_of(plain) as engine:
         for number in range(4):
             jobs.train_step(engine, plain, ctx, number)
-        wanted = states(engine)
+        wanted = all_states(engine)
         engine.save_checkpoint(str(folder))
     job = jobs.Job(stage=stage, dtype=dtype, model_options={"seed": 99})
     with jobs.engine_of(job) as engine, pytest.raises(ValueError, match="ds_to_universal") as refused:
@@ -157,7 +157,7 @@ def plain_adamw_becomes_a_grass_job_state_by_state(ctx: Context, stage: int, dty
     convert_together(ctx, folder / "global_step4")
     with jobs.engine_of(jobs.replace(job, extra=UNIVERSAL)) as engine:
         engine.load_checkpoint(str(folder))
-        for what, tensors in states(engine).items():
+        for what, tensors in all_states(engine).items():
             jobs.assert_identical(tensors, wanted[what], what)
         store = engine.optimizer.core.store
         assert set(store.steps.values()) == {4}
@@ -176,7 +176,7 @@ def a_grass_job_becomes_plain_adamw_state_by_state(ctx: Context, stage: int, dty
     with jobs.engine_of(job) as engine:
         for number in range(6):
             jobs.train_step(engine, job, ctx, number)
-        wanted = states(engine)
+        wanted = all_states(engine)
         engine.save_checkpoint(str(folder))
     plain = jobs.Job(stage=stage, dtype=dtype, grass=None, model_options={"seed": 99})
     with jobs.engine_of(plain) as engine, pytest.raises((ValueError, RuntimeError, AssertionError)):
@@ -184,9 +184,42 @@ def a_grass_job_becomes_plain_adamw_state_by_state(ctx: Context, stage: int, dty
     convert_together(ctx, folder / "global_step6")
     with jobs.engine_of(jobs.replace(plain, extra=UNIVERSAL)) as engine:
         engine.load_checkpoint(str(folder))
-        for what, tensors in states(engine).items():
+        for what, tensors in all_states(engine).items():
             jobs.assert_identical(tensors, wanted[what], what)
         assert jobs.train_step(engine, plain, ctx, 6).applied
+
+
+SMALL = {"moments": {"dtype": "bf16"}, "both": {"dtype": "bf16", "master_weights": False}}
+
+
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), states=tuple(SMALL))
+def small_states_are_saved_as_they_are_and_come_back(ctx: Context, stage: int, states: str) -> None:
+    """bf16 moments, without masters too: the same bits by a resume, by the universal way, and for `zero_to_fp32`."""
+    import torch.distributed as dist
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    job = jobs.Job(stage=stage, dtype="bf16", grass={"states": SMALL[states]})
+    folder = ctx.folder / "saved"
+    with jobs.engine_of(job) as engine:
+        for number in range(6):
+            jobs.train_step(engine, job, ctx, number)
+        engine.save_checkpoint(str(folder))
+        saved = all_states(engine)
+        jobs.train_step(engine, job, ctx, 6)
+        wanted = all_states(engine)
+    dist.barrier()
+    found = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    jobs.assert_identical({name: found[name] for name in saved["masters"]}, saved["masters"], "zero_to_fp32")
+    convert_together(ctx, folder / "global_step6")
+    for extra in ({}, UNIVERSAL):
+        other = jobs.replace(job, extra=extra, model_options={"seed": 99})
+        with jobs.engine_of(other) as engine:
+            engine.load_checkpoint(str(folder))
+            for what, tensors in all_states(engine).items():
+                jobs.assert_identical(tensors, saved[what], what)
+            jobs.train_step(engine, job, ctx, 6)
+            for what, tensors in all_states(engine).items():
+                jobs.assert_identical(tensors, wanted[what], f"{what} after a step")
 
 
 @case(
