@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.utils import groups
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -50,6 +48,9 @@ class Averaging:
     def resolve(cls, *, group: object, postscale: bool, predivide_factor: float, average: bool,
                 wire_dtype: torch.dtype, sum_dtype: torch.dtype) -> Averaging:  # fmt: skip
         """From DeepSpeed's keys; sequence-parallel ranks see parts of one sample, so they add up, not average."""
+        from deepspeed import comm as dist
+        from deepspeed.utils import groups
+
         world_size = dist.get_world_size(group)
         mean_of = world_size / groups._get_sequence_parallel_world_size()
         before, after = mean_of, 1.0  # dividing first keeps fp16 sums in range
@@ -245,8 +246,14 @@ class GradientReducer:
         if how.before != 1.0:
             buffer.div_(how.before)
         shard = torch.empty(numel, dtype=buffer.dtype, device=buffer.device)
-        dist.reduce_scatter_tensor(shard, buffer, group=how.group)
+        self._reduce_scatter(shard, buffer)
         return shard if how.after == 1.0 else shard.mul_(how.after)
+
+    def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
+        """Sum `buffer` over the ranks, each its slice. `ds_grass plan` replays everything else without DeepSpeed."""
+        from deepspeed import comm as dist
+
+        dist.reduce_scatter_tensor(shard, buffer, group=self.averaging.group)
 
     def _accumulate(self, key: int, shard: Tensor) -> None:
         total = self.shards.get(key)
