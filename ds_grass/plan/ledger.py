@@ -1,0 +1,105 @@
+"""Bytes alive on the planned device, tensor by tensor, while a replay runs on fake tensors.
+
+Contract: inside `with ledger:` every storage that any operation makes, forward, backward or in a hook, counts from then
+until it is freed, under the kind that was set when it was made. `peak` says how much was alive at the most, of what
+kind, in which phase and module. No memory is used: fake tensors have shapes and storages, and no data.
+
+Not covered: what an allocator adds (rounding, fragmentation), and scratch space inside one kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WEIGHTS, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS = (
+    "weights",
+    "optimizer states",
+    "gradients",
+    "gradients in flight",
+    "activations",
+)
+KINDS = (WEIGHTS, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS)
+"""From the bottom of the picture to its top; what is not said to be another kind is an activation or a temporary."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was alive at one time, in bytes by kind, and what was running."""
+
+    held: tuple[int, ...]
+    """In the order of KINDS."""
+    phase: str
+    place: str
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.held)
+
+    def of(self, kind: str) -> int:
+        """Bytes of one kind."""
+        return self.held[KINDS.index(kind)]
+
+
+class Ledger(TorchDispatchMode):
+    """Counts storages; `phase` and `place` are written by whoever drives the replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self.place = ""
+        self.peak = Moment((0,) * len(KINDS), "", "")
+        self.history: list[Moment] | None = None
+        """Every change, while it is a list."""
+        self._held = [0] * len(KINDS)
+        self._kind = KINDS.index(ACTIVATIONS)
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+        return result
+
+    @contextlib.contextmanager
+    def holding(self, kind: str) -> Iterator[None]:
+        """What is made inside is of this kind."""
+        before, self._kind = self._kind, KINDS.index(kind)
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @property
+    def now(self) -> Moment:
+        return Moment(tuple(self._held), self.phase, self.place)
+
+    def start_peak(self) -> None:
+        """Let the peak begin again at what is alive now."""
+        self.peak = self.now
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        kind, nbytes = self._kind, storage.nbytes()
+
+        def freed(_: weakref.ref) -> None:
+            del self._known[address]
+            self._held[kind] -= nbytes
+            if self.history is not None:
+                self.history.append(self.now)
+
+        self._known[address] = weakref.ref(storage, freed)
+        self._held[kind] += nbytes
+        if self.history is not None:
+            self.history.append(self.now)
+        if sum(self._held) > self.peak.total_bytes:
+            self.peak = self.now

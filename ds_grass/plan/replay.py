@@ -1,0 +1,279 @@
+"""One rank of a planned job, run on fake tensors with the job's own parts; what it holds is read off a ledger.
+
+The model is transformers', blocks and units are found, gradients reduced, states sized and backward cut by the
+objects that run in the job. What DeepSpeed itself does is imitated: stage 3's gathering in `gathering`, the
+collectives by nothing. So nothing here adds up maxima: activations, gradients and states rise and fall together, and
+the peak is where it is.
+
+The kernels are those of the device: attention without a matrix of scores, dropout with a mask of one byte.
+Not covered: batches with padding, for which transformers makes a mask of rows x length^2 bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ds_grass import ops
+from ds_grass.backward_cut import BackwardCut
+from ds_grass.layers import Layout, find_layout
+from ds_grass.plan import model as models
+from ds_grass.plan.job import DTYPES, PlannedJob
+from ds_grass.plan.ledger import ACTIVATIONS, GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
+from ds_grass.unit_state import StateLayout
+from ds_grass.units import Unit, make_units, reduction_order
+from ds_grass.zero.reducer import Averaging, GradientReducer
+from ds_grass.zero.shards import FlatShards, ParameterShards, ShardLayout, flatten
+from ds_grass.zero.stores import make_store
+
+
+class ReplayedReducer(GradientReducer):
+    """The job's reducer, each of its buffers counted as what it is; the collective itself moves nothing."""
+
+    def __init__(self, ledger: Ledger, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._ledger = ledger
+
+    def arrived(self, param: nn.Parameter) -> None:
+        with self._ledger.holding(IN_FLIGHT):
+            super().arrived(param)
+
+    def flush(self) -> None:
+        with self._ledger.holding(IN_FLIGHT):
+            super().flush()
+
+    def _reduce(self, key: int, buffer: Tensor) -> Tensor:
+        with self._ledger.holding(GRADIENTS):
+            return super()._reduce(key, buffer)
+
+    def _accumulate(self, key: int, shard: Tensor) -> None:
+        with self._ledger.holding(GRADIENTS):
+            super()._accumulate(key, shard)
+
+    def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
+        """NCCL needs nothing besides the two."""
+
+
+class Rank:
+    """The model of one rank as it stands after `deepspeed.initialize`; `init` is the peak until then."""
+
+    def __init__(self, job: PlannedJob, config: Any):
+        self.job = job
+        self.ledger = Ledger()
+        self._fake = FakeTensorMode()
+        self._device = torch.device("cpu")
+        with self._running("init"):
+            with self.ledger.holding(WEIGHTS):
+                self.model = models.build(config, DTYPES[job.dtype], checkpointing=job.checkpointing)
+            self.layout: Layout = find_layout(self.model, layers=job.grass.layers, outer=job.grass.outer)
+            job.grass.check_layers(len(self.layout.blocks))
+            names = {param: name for name, param in self.model.named_parameters()}
+            trainable = [param for param in names if param.requires_grad]
+            self.units: Sequence[Unit] = make_units(self.layout, [{"params": trainable}], names)
+            self.layouts = {unit.key: self._shard_layout(unit) for unit in self.units}
+            self._batch = models.batch(config, job.micro_batch, job.seq_length)
+            self._lay_out_weights()
+        self.init = self.ledger.peak
+        self.store = make_store(job.grass.states, self.units, self.layouts, self._device, self._no_weights)
+        self.reducer = self._make_reducer()
+        for unit in self.units:
+            for param in unit.params:
+                param.register_post_accumulate_grad_hook(self.reducer.arrived)
+        self._cut = BackwardCut(self.model, self.layout)
+        self._boundary = True
+        _name_places(self.model, self.ledger)
+
+    # -- what is measured -------------------------------------------------------------------------------------------
+
+    def probe(self, blocks: Sequence[int]) -> Moment:
+        """Peak of a probe step: all blocks at once, or, with accumulation, these blocks in their turn."""
+        in_turns = self.job.accumulation > 1
+        wanted = [unit for unit in self.units if unit.block in (blocks if in_turns else _all(self.layout))]
+        self.reducer.on_reduced = (lambda key: None) if in_turns else self.reducer.shards.__delitem__
+        return self._step(wanted, probing=True)
+
+    def train(self, blocks: Sequence[int], *, mode: str, history: bool = False) -> Moment:
+        """Peak of a training step in which these blocks are active and states are in `mode`."""
+        wanted = [unit for unit in self.units if unit.block is None or unit.block in blocks]
+        self.reducer.on_reduced = lambda key: None
+        self.store.set_mode(mode)
+        nbytes = self.store.device_bytes_planned([unit.key for unit in wanted])
+        with self._running("between steps"), self.ledger.holding(STATES):
+            states = torch.empty(nbytes, dtype=torch.uint8)
+        if history:
+            self.ledger.history = []
+        peak = self._step(wanted, probing=False)
+        del states
+        return peak
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def _step(self, units: Sequence[Unit], *, probing: bool) -> Moment:
+        active = reduction_order(units)
+        chosen = {id(param) for unit in active for param in unit.params}
+        for unit in self.units:
+            for param in unit.params:
+                param.requires_grad_(id(param) in chosen)
+                param.grad = None
+        in_turns = self.job.accumulation > 1
+        self.reducer.activate(active, measured_at_once=probing and not in_turns)
+        self._cut.on_switch([unit.block for unit in active if unit.block is not None])
+        with self._running("forward"):
+            self.ledger.start_peak()
+            for micro in range(min(self.job.accumulation, 2)):  # later ones are like the second
+                self._boundary = micro == min(self.job.accumulation, 2) - 1
+                self._forward_and_backward()
+            self.ledger.phase, self.ledger.place = "update", ""
+            self._update(active, probing=probing)
+        self.reducer.clear()
+        return self.ledger.peak
+
+    def _forward_and_backward(self) -> None:
+        self.ledger.phase = "forward"
+        outputs = self.model(**self._batch)
+        loss = outputs.loss
+        del outputs  # as in the Trainer: the logits go, but for what the loss has saved
+        self.reducer.start_round()
+        self.ledger.phase, self.ledger.place = "backward", "loss"
+        (loss / self.job.accumulation).backward()
+        if self.reducer.partitioned or self._boundary:
+            self.reducer.flush()
+
+    @torch.no_grad()
+    def _update(self, active: Sequence[Unit], *, probing: bool) -> None:
+        """Norms, then AdamW over every unit; each goes on as soon as it is updated."""
+        for unit in active:
+            if unit.key in self.reducer.shards:
+                shard = self.reducer.shards[unit.key]
+                ops.squared_norm(shard[: ops.chunk_numel(self._kernel_device)])
+        for unit in active:
+            self.ledger.place = unit.name
+            if not probing:
+                self._adamw(unit)
+            self.reducer.shards.pop(unit.key, None)
+
+    def _adamw(self, unit: Unit) -> None:
+        """The temporaries of one chunk; a native kernel has none."""
+        if self.job.device == "cpu" and ops.native()[0]:
+            return
+        numel = min(self.layouts[unit.key].shard_numel, ops.chunk_numel(self._kernel_device))
+        state = StateLayout(numel, self.store.has_master(unit.key), self.store.moment_dtype)
+        place = functools.partial(torch.empty, device=self._kernel_device)
+        with _not_counted(self.ledger):
+            memory = place(max(state.nbytes, 1), dtype=torch.uint8)
+            param, grad = place(numel, dtype=unit.dtype), place(numel, dtype=DTYPES[self.job.sum_dtype])
+            inv_scale = place((), dtype=torch.float32)
+        ops.adamw_specification(
+            param, *state.parts(memory), grad, inv_scale, 1e-4, 0.9, 0.999, 1e-8, 0.01, 1, True, False, 0, 0
+        )  # fmt: skip
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _kernel_device(self) -> torch.device:
+        """Kernels take larger chunks on a device than on a CPU."""
+        return torch.device("cpu" if self.job.device == "cpu" else "meta")
+
+    @contextlib.contextmanager
+    def _running(self, phase: str) -> Iterator[None]:
+        kernels = DeviceKernels() if self.job.device == "cuda" else contextlib.nullcontext()
+        self.ledger.phase, self.ledger.place = phase, ""
+        with self._fake, kernels, self.ledger, models.no_values_asked():
+            yield
+
+    def _shard_layout(self, unit: Unit) -> ShardLayout:
+        if self.job.stage == 3:
+            return ParameterShards(unit.sizes, self.job.ranks, 0)
+        return FlatShards(unit.sizes, self.job.ranks, 0, unit.params[0].element_size())
+
+    def _lay_out_weights(self) -> None:
+        self.flat = {}
+        with self.ledger.holding(WEIGHTS), torch.no_grad():
+            for unit in self.units:
+                self.ledger.place = unit.name
+                self.flat[unit.key] = flatten(self.layouts[unit.key], unit.params, unit.dtype, self._device)
+
+    def _make_reducer(self) -> ReplayedReducer:
+        ranks, job = self.job.ranks, self.job
+        averaging = Averaging(
+            None, ranks, 0, float(ranks), 1.0, wire_dtype=DTYPES[job.wire_dtype], sum_dtype=DTYPES[job.sum_dtype]
+        )
+        return ReplayedReducer(
+            self.ledger,
+            self.layouts,
+            averaging,
+            partitioned=job.stage >= 2,
+            at_boundary=lambda: self._boundary,
+            device=self._device,
+        )
+
+    def _no_weights(self, key: int) -> Tensor:
+        raise AssertionError("a planned store holds no states")
+
+
+class DeviceKernels(TorchFunctionMode):
+    """What CUDA's kernels save where the CPU's save more: no scores with dropout, and masks of one byte."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            kwargs["dropout_p"] = 0.0  # the flash kernels save the generator's state
+        if function is F.dropout:
+            return _dropout(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def candidate_sets(num_blocks: int, count: int) -> dict[str, list[int]]:
+    """Sets of `count` blocks among which the most expensive draw is: what differs is how deep backward goes."""
+    sets = {
+        "lowest": list(range(count)),
+        "highest": list(range(num_blocks - count, num_blocks)),
+        "lowest and highest": [0, *range(num_blocks - count + 1, num_blocks)],
+    }
+    return {name: blocks for index, (name, blocks) in enumerate(sets.items()) if blocks not in list(sets.values())[:index]}
+
+
+def _all(layout: Layout) -> range:
+    return range(len(layout.blocks))
+
+
+@contextlib.contextmanager
+def _not_counted(ledger: Ledger) -> Iterator[None]:
+    """Views of memory that is counted already."""
+    ledger.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        ledger.__enter__()
+
+
+def _name_places(model: nn.Module, ledger: Ledger) -> None:
+    """Let the ledger know which module runs, or is being differentiated."""
+
+    def at(place: str) -> None:
+        ledger.place = place
+
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        module.register_forward_pre_hook(lambda *_, name=name: at(name or "model"))
+
+        def after(module: nn.Module, inputs: Any, output: Any, name: str = name, parent: str = parent) -> None:
+            at(parent or "loss")
+            first = output[0] if isinstance(output, tuple | list) and output else output
+            if name and isinstance(first, Tensor) and first.requires_grad:
+                first.register_hook(lambda gradient: at(name))
+
+        module.register_forward_hook(after)
