@@ -77,9 +77,13 @@ def read_ds_config(path: str) -> dict[str, Any]:
     try:
         ds_config = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"--config is {path!r}, which cannot be read ({error.strerror}); name a ds_config.json") from None
+        raise ValueError(
+            f"--config is {path!r}, which cannot be read ({error.strerror}); name a ds_config.json"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"--config is {path!r}, which is not JSON ({error}); name a ds_config.json") from None
+        raise ValueError(
+            f"--config is {path!r}, which is not JSON ({error}); name a ds_config.json"
+        ) from None
     if not isinstance(ds_config, dict):
         raise ValueError(f"--config is {path!r}, which holds no JSON object; name a ds_config.json")
     return ds_config

@@ -18,14 +18,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WEIGHTS, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS = (
+WEIGHTS, GATHERED, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS = (
     "weights",
+    "gathered weights",
     "optimizer states",
     "gradients",
     "gradients in flight",
     "activations",
 )
-KINDS = (WEIGHTS, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS)
+KINDS = (WEIGHTS, GATHERED, STATES, GRADIENTS, IN_FLIGHT, ACTIVATIONS)
 """From the bottom of the picture to its top; what is not said to be another kind is an activation or a temporary."""
 
 
@@ -47,6 +48,13 @@ class Moment:
         return self.held[KINDS.index(kind)]
 
 
+@dataclass
+class _Storage:
+    reference: weakref.ref
+    nbytes: int
+    kind: int
+
+
 class Ledger(TorchDispatchMode):
     """Counts storages; `phase` and `place` are written by whoever drives the replay."""
 
@@ -58,7 +66,7 @@ class Ledger(TorchDispatchMode):
         """Every change, while it is a list."""
         self._held = [0] * len(KINDS)
         self._kind = KINDS.index(ACTIVATIONS)
-        self._known: dict[int, weakref.ref] = {}
+        self._known: dict[int, _Storage] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -76,6 +84,29 @@ class Ledger(TorchDispatchMode):
         finally:
             self._kind = before
 
+    def assign(self, tensor: torch.Tensor, kind: str) -> None:
+        """From now on the tensor's memory counts as `kind`."""
+        known = self._known[tensor.untyped_storage()._cdata]
+        self._held[known.kind] -= known.nbytes
+        known.kind = KINDS.index(kind)
+        self._held[known.kind] += known.nbytes
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory does not count, now or later."""
+        self._count(tensor)
+        known = self._known[tensor.untyped_storage()._cdata]
+        self._held[known.kind] -= known.nbytes
+        known.nbytes = 0
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """What is made inside does not count, unless it meets an operation later."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     @property
     def now(self) -> Moment:
         return Moment(tuple(self._held), self.phase, self.place)
@@ -89,16 +120,17 @@ class Ledger(TorchDispatchMode):
         address = storage._cdata
         if address in self._known:
             return
-        kind, nbytes = self._kind, storage.nbytes()
+        known = _Storage(weakref.ref(storage, lambda _: self._forget(address)), storage.nbytes(), self._kind)
+        self._known[address] = known
+        self._held[known.kind] += known.nbytes
+        self._note()
 
-        def freed(_: weakref.ref) -> None:
-            del self._known[address]
-            self._held[kind] -= nbytes
-            if self.history is not None:
-                self.history.append(self.now)
+    def _forget(self, address: int) -> None:
+        known = self._known.pop(address)
+        self._held[known.kind] -= known.nbytes
+        self._note()
 
-        self._known[address] = weakref.ref(storage, freed)
-        self._held[kind] += nbytes
+    def _note(self) -> None:
         if self.history is not None:
             self.history.append(self.now)
         if sum(self._held) > self.peak.total_bytes:

@@ -26,7 +26,9 @@ def read_config(name: str) -> Any:
     path = Path(name)
     local = path.exists() or name.startswith((".", "/", "~"))
     try:
-        return transformers.AutoConfig.from_pretrained(path.parent if path.is_file() else name, local_files_only=local)
+        return transformers.AutoConfig.from_pretrained(
+            path.parent if path.is_file() else name, local_files_only=local
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -58,10 +60,13 @@ def build(config: Any, dtype: torch.dtype, *, checkpointing: bool) -> nn.Module:
 def batch(config: Any, rows: int, length: int) -> dict[str, Tensor]:
     """One micro-batch without padding, labels included, so that the model computes its own loss."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit and length > limit and not getattr(config, "rope_parameters", None) and not config.is_encoder_decoder:
-        raise ValueError(
-            f"--seq-length is {length} but the model has {limit} positions; use 1 to {limit}"
-        )
+    if (
+        limit
+        and length > limit
+        and not getattr(config, "rope_parameters", None)
+        and not config.is_encoder_decoder
+    ):
+        raise ValueError(f"--seq-length is {length} but the model has {limit} positions; use 1 to {limit}")
     tokens = torch.zeros((rows, length), dtype=torch.int64)
     return {"input_ids": tokens, "labels": tokens}
 

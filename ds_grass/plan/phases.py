@@ -38,4 +38,7 @@ def phases(job: PlannedJob, config: Any, *, rank: Rank | None = None) -> Phases:
     probe = None
     if job.grass.probe_steps_for(num_blocks, job.accumulation) > 0:
         probe = max((rank.probe(blocks) for blocks in sets.values()), key=lambda moment: moment.total_bytes)
+        probe = max(
+            (probe, rank.drawn), key=lambda moment: moment.total_bytes
+        )  # its last step ends with a draw
     return Phases(rank.init, probe, trained[worst], worst, mode)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from ds_grass import ops
 from ds_grass.backward_cut import BackwardCut
 from ds_grass.layers import Layout, find_layout
 from ds_grass.plan import model as models
+from ds_grass.plan.gathering import Coordinator, MemoryEfficientLinear
 from ds_grass.plan.job import DTYPES, PlannedJob
-from ds_grass.plan.ledger import ACTIVATIONS, GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
+from ds_grass.plan.ledger import GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
 from ds_grass.unit_state import StateLayout
 from ds_grass.units import Unit, make_units, reduction_order
 from ds_grass.zero.reducer import Averaging, GradientReducer
@@ -56,8 +57,8 @@ class ReplayedReducer(GradientReducer):
             return super()._reduce(key, buffer)
 
     def _accumulate(self, key: int, shard: Tensor) -> None:
-        with self._ledger.holding(GRADIENTS):
-            super()._accumulate(key, shard)
+        super()._accumulate(key, shard)
+        self._ledger.assign(self.shards[key], GRADIENTS)  # on one rank the buffer itself becomes the shard
 
     def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
         """NCCL needs nothing besides the two."""
@@ -81,7 +82,7 @@ class Rank:
             self.units: Sequence[Unit] = make_units(self.layout, [{"params": trainable}], names)
             self.layouts = {unit.key: self._shard_layout(unit) for unit in self.units}
             self._batch = models.batch(config, job.micro_batch, job.seq_length)
-            self._lay_out_weights()
+            self._weights = self._lay_out_weights()
         self.init = self.ledger.peak
         self.store = make_store(job.grass.states, self.units, self.layouts, self._device, self._no_weights)
         self.reducer = self._make_reducer()
@@ -89,6 +90,9 @@ class Rank:
             for param in unit.params:
                 param.register_post_accumulate_grad_hook(self.reducer.arrived)
         self._cut = BackwardCut(self.model, self.layout)
+        self._coordinator = None
+        if job.stage == 3:
+            self._coordinator = Coordinator(self.model, job.gathering, job.ranks, self.ledger)
         self._boundary = True
         _name_places(self.model, self.ledger)
 
@@ -107,8 +111,9 @@ class Rank:
         self.reducer.on_reduced = lambda key: None
         self.store.set_mode(mode)
         nbytes = self.store.device_bytes_planned([unit.key for unit in wanted])
-        with self._running("between steps"), self.ledger.holding(STATES):
+        with self._running("draw"), self.ledger.holding(STATES):
             states = torch.empty(nbytes, dtype=torch.uint8)
+        self.drawn = self.ledger.now
         if history:
             self.ledger.history = []
         peak = self._step(wanted, probing=False)
@@ -127,24 +132,38 @@ class Rank:
         in_turns = self.job.accumulation > 1
         self.reducer.activate(active, measured_at_once=probing and not in_turns)
         self._cut.on_switch([unit.block for unit in active if unit.block is not None])
+        if self._coordinator:
+            self._coordinator.forget_trace()
         with self._running("forward"):
             self.ledger.start_peak()
-            for micro in range(min(self.job.accumulation, 2)):  # later ones are like the second
-                self._boundary = micro == min(self.job.accumulation, 2) - 1
-                self._forward_and_backward()
-            self.ledger.phase, self.ledger.place = "update", ""
-            self._update(active, probing=probing)
+            for _ in range(1 + (self.job.stage == 3)):  # stage 3 gathers otherwise once it has seen a step
+                self._run_step(active, probing=probing)
         self.reducer.clear()
         return self.ledger.peak
 
+    def _run_step(self, active: Sequence[Unit], *, probing: bool) -> None:
+        if self._coordinator:
+            self._coordinator.gather_persistent()
+        for micro in range(min(self.job.accumulation, 2)):  # later ones are like the second
+            self._boundary = micro == min(self.job.accumulation, 2) - 1
+            self._forward_and_backward()
+        self.ledger.phase, self.ledger.place = "update", ""
+        if self._coordinator:
+            self._coordinator.end_step()
+        self._update(active, probing=probing)
+
     def _forward_and_backward(self) -> None:
         self.ledger.phase = "forward"
+        if self._coordinator:
+            self._coordinator.start_micro_batch()
         outputs = self.model(**self._batch)
         loss = outputs.loss
         del outputs  # as in the Trainer: the logits go, but for what the loss has saved
         self.reducer.start_round()
         self.ledger.phase, self.ledger.place = "backward", "loss"
         (loss / self.job.accumulation).backward()
+        if self._coordinator:
+            self._coordinator.end_backward()
         if self.reducer.partitioned or self._boundary:
             self.reducer.flush()
 
@@ -168,7 +187,7 @@ class Rank:
         numel = min(self.layouts[unit.key].shard_numel, ops.chunk_numel(self._kernel_device))
         state = StateLayout(numel, self.store.has_master(unit.key), self.store.moment_dtype)
         place = functools.partial(torch.empty, device=self._kernel_device)
-        with _not_counted(self.ledger):
+        with self.ledger.resting():
             memory = place(max(state.nbytes, 1), dtype=torch.uint8)
             param, grad = place(numel, dtype=unit.dtype), place(numel, dtype=DTYPES[self.job.sum_dtype])
             inv_scale = place((), dtype=torch.float32)
@@ -185,7 +204,7 @@ class Rank:
 
     @contextlib.contextmanager
     def _running(self, phase: str) -> Iterator[None]:
-        kernels = DeviceKernels() if self.job.device == "cuda" else contextlib.nullcontext()
+        kernels = DeviceKernels(cuda=self.job.device == "cuda", partitioned=self.job.stage == 3)
         self.ledger.phase, self.ledger.place = phase, ""
         with self._fake, kernels, self.ledger, models.no_values_asked():
             yield
@@ -195,17 +214,42 @@ class Rank:
             return ParameterShards(unit.sizes, self.job.ranks, 0)
         return FlatShards(unit.sizes, self.job.ranks, 0, unit.params[0].element_size())
 
-    def _lay_out_weights(self) -> None:
-        self.flat = {}
-        with self.ledger.holding(WEIGHTS), torch.no_grad():
+    @torch.no_grad()
+    def _lay_out_weights(self) -> list[Tensor]:
+        """Weights as they rest on the device, unit by unit (stage 3: parameter by parameter)."""
+        flat = []
+        with self.ledger.holding(WEIGHTS):
+            if self.job.stage == 3:
+                return self._partition_weights()
             for unit in self.units:
                 self.ledger.place = unit.name
-                self.flat[unit.key] = flatten(self.layouts[unit.key], unit.params, unit.dtype, self._device)
+                flat.append(flatten(self.layouts[unit.key], unit.params, unit.dtype, self._device))
+        return flat
+
+    def _partition_weights(self) -> list[Tensor]:
+        """DeepSpeed cuts one parameter after the other, then moves all parts, through the host, into one buffer."""
+        parts = []
+        for name, param in self.model.named_parameters():
+            self.ledger.place = name
+            parts.append(param.new_empty(math.ceil(param.numel() / self.job.ranks)))
+            with self.ledger.resting():
+                param.data = torch.empty_like(param)  # computed with, but gathered memory is what counts
+            self.ledger.leave_out(param)
+        numel = sum(part.numel() for part in parts)
+        if self.job.device != "cpu":
+            parts.clear()
+        return [torch.empty(numel, dtype=DTYPES[self.job.dtype])]
 
     def _make_reducer(self) -> ReplayedReducer:
         ranks, job = self.job.ranks, self.job
         averaging = Averaging(
-            None, ranks, 0, float(ranks), 1.0, wire_dtype=DTYPES[job.wire_dtype], sum_dtype=DTYPES[job.sum_dtype]
+            None,
+            ranks,
+            0,
+            float(ranks),
+            1.0,
+            wire_dtype=DTYPES[job.wire_dtype],
+            sum_dtype=DTYPES[job.sum_dtype],
         )
         return ReplayedReducer(
             self.ledger,
@@ -221,15 +265,30 @@ class Rank:
 
 
 class DeviceKernels(TorchFunctionMode):
-    """What CUDA's kernels save where the CPU's save more: no scores with dropout, and masks of one byte."""
+    """What CUDA's kernels save where the CPU's save more: no scores with dropout, and masks of one byte.
+
+    `partitioned`: stage 3's linear.
+    """
+
+    def __init__(self, *, cuda: bool, partitioned: bool):
+        super().__init__()
+        self._cuda, self._partitioned = cuda, partitioned
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is F.linear and self._partitioned:
+            return _linear(*args, **kwargs)
+        if not self._cuda:
+            return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
             kwargs["dropout_p"] = 0.0  # the flash kernels save the generator's state
         if function is F.dropout:
             return _dropout(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return MemoryEfficientLinear.apply(input, weight, bias)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -243,21 +302,15 @@ def candidate_sets(num_blocks: int, count: int) -> dict[str, list[int]]:
         "highest": list(range(num_blocks - count, num_blocks)),
         "lowest and highest": [0, *range(num_blocks - count + 1, num_blocks)],
     }
-    return {name: blocks for index, (name, blocks) in enumerate(sets.items()) if blocks not in list(sets.values())[:index]}
+    return {
+        name: blocks
+        for index, (name, blocks) in enumerate(sets.items())
+        if blocks not in list(sets.values())[:index]
+    }
 
 
 def _all(layout: Layout) -> range:
     return range(len(layout.blocks))
-
-
-@contextlib.contextmanager
-def _not_counted(ledger: Ledger) -> Iterator[None]:
-    """Views of memory that is counted already."""
-    ledger.__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        ledger.__enter__()
 
 
 def _name_places(model: nn.Module, ledger: Ledger) -> None:
@@ -270,7 +323,9 @@ def _name_places(model: nn.Module, ledger: Ledger) -> None:
         parent = name.rpartition(".")[0]
         module.register_forward_pre_hook(lambda *_, name=name: at(name or "model"))
 
-        def after(module: nn.Module, inputs: Any, output: Any, name: str = name, parent: str = parent) -> None:
+        def after(
+            module: nn.Module, inputs: Any, output: Any, name: str = name, parent: str = parent
+        ) -> None:
             at(parent or "loss")
             first = output[0] if isinstance(output, tuple | list) and output else output
             if name and isinstance(first, Tensor) and first.requires_grad:
