@@ -106,7 +106,8 @@ class Coordinator:
             self._fetched_for[param] = step
             new.discard(param)
         room = min(
-            self._rules.max_live_parameters - sum(self._numel[param] for param in {*self._held, *self._in_flight}),
+            self._rules.max_live_parameters
+            - sum(self._numel[param] for param in {*self._held, *self._in_flight}),
             self._rules.prefetch_bucket_size,
         )
         coming: dict[Parameter, int] = {}

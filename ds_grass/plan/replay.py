@@ -25,11 +25,13 @@ from torch.overrides import TorchFunctionMode
 
 from ds_grass import ops
 from ds_grass.backward_cut import BackwardCut
+from ds_grass.config import StatesConfig
 from ds_grass.layers import Layout, find_layout
 from ds_grass.plan import model as models
 from ds_grass.plan.gathering import Coordinator, MemoryEfficientLinear
 from ds_grass.plan.job import DTYPES, PlannedJob
 from ds_grass.plan.ledger import GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
+from ds_grass.state_store import StateStore
 from ds_grass.unit_state import StateLayout
 from ds_grass.units import Unit, make_units, reduction_order
 from ds_grass.zero.reducer import Averaging, GradientReducer
@@ -77,6 +79,8 @@ class Rank:
                 self.model = models.build(config, DTYPES[job.dtype], checkpointing=job.checkpointing)
             self.layout: Layout = find_layout(self.model, layers=job.grass.layers, outer=job.grass.outer)
             job.grass.check_layers(len(self.layout.blocks))
+            for _, param in self.layout.frozen_outer:
+                param.requires_grad_(False)
             names = {param: name for name, param in self.model.named_parameters()}
             trainable = [param for param in names if param.requires_grad]
             self.units: Sequence[Unit] = make_units(self.layout, [{"params": trainable}], names)
@@ -84,7 +88,7 @@ class Rank:
             self._batch = models.batch(config, job.micro_batch, job.seq_length)
             self._weights = self._lay_out_weights()
         self.init = self.ledger.peak
-        self.store = make_store(job.grass.states, self.units, self.layouts, self._device, self._no_weights)
+        self.store = self.store_of(job.grass.states)
         self.reducer = self._make_reducer()
         for unit in self.units:
             for param in unit.params:
@@ -105,20 +109,23 @@ class Rank:
         self.reducer.on_reduced = (lambda key: None) if in_turns else self.reducer.shards.__delitem__
         return self._step(wanted, probing=True)
 
-    def train(self, blocks: Sequence[int], *, mode: str, history: bool = False) -> Moment:
-        """Peak of a training step in which these blocks are active and states are in `mode`."""
+    def train(self, blocks: Sequence[int], states: StatesConfig, *, history: bool = False) -> Moment:
+        """Peak of a training step in which these blocks are active. `history`: keep every change in the ledger."""
         wanted = [unit for unit in self.units if unit.block is None or unit.block in blocks]
         self.reducer.on_reduced = lambda key: None
-        self.store.set_mode(mode)
+        self.store = self.store_of(states)
         nbytes = self.store.device_bytes_planned([unit.key for unit in wanted])
         with self._running("draw"), self.ledger.holding(STATES):
-            states = torch.empty(nbytes, dtype=torch.uint8)
+            held = torch.empty(nbytes, dtype=torch.uint8)
         self.drawn = self.ledger.now
-        if history:
-            self.ledger.history = []
+        self.ledger.history = [] if history else None
         peak = self._step(wanted, probing=False)
-        del states
+        del held
         return peak
+
+    def store_of(self, states: StatesConfig) -> StateStore:
+        """This rank's state store, all sizes known and nothing held."""
+        return make_store(states, self.units, self.layouts, self._device, self._no_weights)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

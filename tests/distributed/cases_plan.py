@@ -51,7 +51,9 @@ def ds_config_of(stage: int, dtype: str, mode: str, accumulation: int, rows: int
 class Measured:
     """A real job, and the peak of each of its phases above what was there before its model."""
 
-    def __init__(self, ctx: Context, name: str, ds_config: dict[str, Any], dtype: torch.dtype, checkpointing: bool):
+    def __init__(
+        self, ctx: Context, name: str, ds_config: dict[str, Any], dtype: torch.dtype, checkpointing: bool
+    ):
         import deepspeed
 
         import ds_grass
@@ -92,14 +94,20 @@ class Measured:
 
 def planned(name: str, ds_config: dict[str, Any], ranks: int, checkpointing: bool) -> dict[str, int]:
     """The same phases by the plan."""
+    from ds_grass.plan.budget import Limits, Planner
     from ds_grass.plan.job import resolve
-    from ds_grass.plan.phases import phases
 
     shape = MODELS[name]
-    job, notes = resolve(ds_config, seq_length=shape.length, ranks_per_node=ranks, checkpointing=checkpointing)
+    job, notes = resolve(
+        ds_config, seq_length=shape.length, ranks_per_node=ranks, checkpointing=checkpointing
+    )
     assert not notes, notes
-    found = phases(job.on_cpu(), config_of(name))
-    return {"init": found.init.total_bytes, "probe": found.probe.total_bytes, "train": found.train.total_bytes}
+    found = Planner(config_of(name), Limits()).budget(job.on_cpu())
+    return {
+        "init": found.init.total_bytes,
+        "probe": found.probe.total_bytes,
+        "train": found.train.total_bytes,
+    }
 
 
 def errors(measured: dict[str, int], plan: dict[str, int]) -> dict[str, float]:

@@ -1,0 +1,150 @@
+"""What another setting would give, and the largest `active_layers` that fits.
+
+Contract: every figure is a replay of that setting, not a scaling of this one. More active blocks never take less
+memory, so the largest that fits is found by halving. Where nothing fits, what is given up comes in a fixed order, the
+cheapest for learning first: recomputation, moments in bf16, everything outside the blocks at rest, no masters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ds_grass.plan.budget import Budget, Limits, Planner
+from ds_grass.plan.job import PlannedJob
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One row of the table: what is changed, and what it then costs."""
+
+    change: str
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to write: `budget` with the largest active_layers that fits; None when nothing does."""
+
+    budget: Budget | None
+    given_up: tuple[str, ...]
+    """What had to change besides active_layers, in words."""
+
+
+def floor(planner: Planner, job: PlannedJob) -> Budget:
+    """The least that this model can train with here: one block, nothing outside, states passing through."""
+    return planner.budget(job.with_grass(active_layers=1, outer="never").with_states(mode="stream"))
+
+
+def alternatives(planner: Planner, base: Budget) -> Iterator[Alternative]:
+    """Settings that differ from `base` in one thing, each replayed at the draw that was the most expensive there."""
+    for change, job in _changes(base, len(planner.rank(base.job).layout.blocks)):
+        yield Alternative(change, planner.budget(job, draws=(base.worst_draw,)))
+
+
+def advise(planner: Planner, job: PlannedJob) -> Advice:
+    """The largest active_layers within the limits, giving up what must be."""
+    given_up: list[str] = []
+    for name, give_up in [("", lambda job: job), *_LADDER]:
+        changed = give_up(job)
+        if name and changed == job:
+            continue
+        job = changed
+        given_up += [name] if name else []
+        found = largest_that_fits(planner, job)
+        if found is not None:
+            return Advice(found, tuple(given_up))
+    return Advice(None, tuple(given_up))
+
+
+def largest_that_fits(planner: Planner, job: PlannedJob) -> Budget | None:
+    """The budget with the most active blocks within the planner's limits; None when even one is too many."""
+    most = len(planner.rank(job).layout.blocks)
+    smallest = planner.budget(job.with_grass(active_layers=1))
+    if not planner.limits.hold(smallest):
+        return None
+    best, low, high = smallest, 1, most
+    while low < high:
+        middle = (
+            min(most, 2 * low)
+            if high == most and best.job.grass.active_layers * 2 < most
+            else (low + high + 1) // 2
+        )
+        budget = planner.budget(job.with_grass(active_layers=middle), draws=(smallest.worst_draw,))
+        if planner.limits.hold(budget):
+            best, low = budget, middle
+        else:
+            high = middle - 1
+    return best
+
+
+def grass_block(job: PlannedJob) -> dict:
+    """The block as it is to be written: active_layers, and every key that is not at its default."""
+    keys = job.grass.model_dump(exclude_defaults=True)
+    return {
+        "active_layers": job.grass.active_layers,
+        **{k: v for k, v in keys.items() if k != "active_layers"},
+    }
+
+
+def as_json(job: PlannedJob) -> str:
+    """The exact lines for ds_config.json."""
+    return json.dumps({"grass": grass_block(job)}, indent=2)
+
+
+def _changes(base: Budget, num_blocks: int) -> Iterator[tuple[str, PlannedJob]]:
+    job, given = base.job, base.job.grass
+    for count in sorted({1, 2, 4, 8, 16, num_blocks} - {given.active_layers}):
+        if count <= num_blocks:
+            yield f"active_layers {count}", job.with_grass(active_layers=count)
+    for mode in ("stream", "resident"):
+        if mode != given.states.mode:
+            yield f"states.mode {mode}", job.with_states(mode=mode)
+    other = "bf16" if given.states.dtype == "fp32" else "fp32"
+    yield f"states.dtype {other}", job.with_states(dtype=other)
+    if job.dtype == "bf16":
+        other_masters = not given.states.master_weights
+        yield (
+            f"states.master_weights {str(other_masters).lower()}",
+            job.with_states(master_weights=other_masters),
+        )
+    for outer in ("always", "never"):
+        if outer != given.outer:
+            yield f"outer {outer}", job.with_grass(outer=outer)
+    yield (
+        f"checkpointing {'off' if job.checkpointing else 'on'}",
+        replace(job, checkpointing=not job.checkpointing),
+    )
+    if job.ranks > 1:
+        for stage in (1, 2, 3):
+            if stage != (job.stage or 1):
+                yield f"ZeRO stage {stage}", replace(job, stage=stage)
+    other = "fp32" if job.dtype != "fp32" else "bf16"
+    yield f"training in {other}", replace(job, dtype=other, wire_dtype=other, sum_dtype=other)
+
+
+def _rest_outer(job: PlannedJob) -> PlannedJob:
+    return job.with_grass(outer="never")
+
+
+def _drop_masters(job: PlannedJob) -> PlannedJob:
+    return job.with_states(master_weights=False) if job.dtype == "bf16" else job
+
+
+_LADDER: tuple[tuple[str, Callable[[PlannedJob], PlannedJob]], ...] = (
+    ("gradient checkpointing", lambda job: replace(job, checkpointing=True)),
+    ("moments in bf16", lambda job: job.with_states(dtype="bf16")),
+    ("what is outside the blocks at rest", _rest_outer),
+    ("no fp32 master weights", _drop_masters),
+)
+
+
+def shortfall(limits: Limits, budget: Budget) -> list[str]:
+    """Which limit is passed, in words; empty when none is."""
+    told = []
+    if limits.device is not None and budget.peak.total_bytes > limits.device:
+        told.append("the device")
+    if limits.host is not None and budget.host_bytes_node > limits.host:
+        told.append("the host")
+    return told
