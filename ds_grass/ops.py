@@ -202,7 +202,7 @@ def _adamw_pytorch(
 
 
 adamw_specification = _adamw_pytorch
-"""The PyTorch kernel by itself: `ds_grass plan` runs it on fake tensors to see what its temporaries take."""
+"""The PyTorch kernel by itself: `ds_grass plan` runs it on the meta device to see what its temporaries take."""
 
 
 def chunk_numel(device: torch.device) -> int:

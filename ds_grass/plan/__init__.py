@@ -1,8 +1,8 @@
 """`ds_grass plan`: what a job will hold and move, before it is launched; without a device, and without memory.
 
-`model` builds the network of fake tensors, `job` reads ds_config, `replay` runs a step of one rank with `gathering` in
-the place of DeepSpeed's stage 3 and `ledger` counting, `budget` puts a setting's numbers together, `advice` compares
-settings, `table` and `picture` show them.
+`model` builds the network on the meta device, `job` reads ds_config, `replay` runs a step of one rank, with `gathering`
+in the place of DeepSpeed's stage 3 and `ledger` counting, `budget` puts a setting's numbers together, `advice`
+compares settings, `table` and `picture` show them.
 """
 
 from __future__ import annotations

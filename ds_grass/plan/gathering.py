@@ -234,30 +234,6 @@ class _Marker(torch.autograd.Function):
         return gradient, None
 
 
-class MemoryEfficientLinear(torch.autograd.Function):
-    """What DeepSpeed puts in the place of `F.linear` in stage 3: it saves its input even where the weight rests."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight, bias)
-        if input.dim() == 2 and bias is not None:
-            return torch.addmm(bias, input, weight.t())
-        output = input.matmul(weight.t())
-        if bias is not None:
-            output += bias
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        of_input = gradient.matmul(weight) if needs_input else None
-        of_weight = rows.t().matmul(input.reshape(-1, input.shape[-1])) if needs_weight else None
-        of_bias = rows.sum(0) if bias is not None and needs_bias else None
-        return of_input, of_weight, of_bias
-
-
 def _own(module: nn.Module) -> list[Parameter]:
     return [param for param in module._parameters.values() if param is not None]
 

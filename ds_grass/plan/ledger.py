@@ -1,8 +1,8 @@
-"""Bytes alive on the planned device, tensor by tensor, while a replay runs on fake tensors.
+"""Bytes alive on the planned device, tensor by tensor, while a replay runs on the meta device.
 
 Contract: inside `with ledger:` every storage that any operation makes, forward, backward or in a hook, counts from then
 until it is freed, under the kind that was set when it was made. `peak` says how much was alive at the most, of what
-kind, in which phase and module. No memory is used: fake tensors have shapes and storages, and no data.
+kind, in which phase and module. Meta tensors have shapes and storages, and no data: no memory is used.
 
 Not covered: what an allocator adds (rounding, fragmentation), and scratch space inside one kernel.
 """

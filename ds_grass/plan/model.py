@@ -1,4 +1,4 @@
-"""A Hugging Face model by its config alone: made of fake tensors, so that an 80-block model takes a second and no memory.
+"""A Hugging Face model by its config alone, on the meta device: 80 blocks take a second and no memory.
 
 Contract: the module classes are those that a script would load, so blocks, outer and tied weights are found by the
 same code as in the job. Weights are in the job's dtype, as the script hands them over; `use_cache` is off, as in the
@@ -38,12 +38,12 @@ def read_config(name: str) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, *, checkpointing: bool) -> nn.Module:
-    """The model in training mode; call inside a FakeTensorMode, under which nothing takes memory."""
+    """The model in training mode; its tensors have shapes and storages, and no data."""
     transformers = _transformers()
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
     model_class = next((found for found in named if found is not None), None)
     config.use_cache = False
-    with _default_dtype(dtype), torch.device("cpu"):
+    with _default_dtype(dtype), torch.device("meta"):
         if model_class is not None:
             model = model_class(config)
         else:
@@ -67,19 +67,19 @@ def batch(config: Any, rows: int, length: int) -> dict[str, Tensor]:
         and not config.is_encoder_decoder
     ):
         raise ValueError(f"--seq-length is {length} but the model has {limit} positions; use 1 to {limit}")
-    tokens = torch.zeros((rows, length), dtype=torch.int64)
+    tokens = torch.zeros((rows, length), dtype=torch.int64, device="meta")
     return {"input_ids": tokens, "labels": tokens}
 
 
 @contextlib.contextmanager
 def no_values_asked() -> Iterator[None]:
-    """transformers looks at position ids for packed sequences; fake ones have no values, and nothing is packed here."""
+    """transformers looks into position ids for packed sequences; here they have no values, and nothing is packed."""
     from transformers import masking_utils
 
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
         yield
         return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None):
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         yield
 
 

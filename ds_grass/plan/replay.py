@@ -1,11 +1,11 @@
-"""One rank of a planned job, run on fake tensors with the job's own parts; what it holds is read off a ledger.
+"""One rank of a planned job, run on the meta device with the job's own parts; what it holds is read off a ledger.
 
 The model is transformers', blocks and units are found, gradients reduced, states sized and backward cut by the
 objects that run in the job. What DeepSpeed itself does is imitated: stage 3's gathering in `gathering`, the
 collectives by nothing. So nothing here adds up maxima: activations, gradients and states rise and fall together, and
 the peak is where it is.
 
-The kernels are those of the device: attention without a matrix of scores, dropout with a mask of one byte.
+Attention is the kernel without a matrix of scores, as on the device; see `device_kernels`.
 Not covered: batches with padding, for which transformers makes a mask of rows x length^2 bytes.
 """
 
@@ -19,17 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ds_grass import ops
 from ds_grass.backward_cut import BackwardCut
 from ds_grass.config import StatesConfig
 from ds_grass.layers import Layout, find_layout
 from ds_grass.plan import model as models
-from ds_grass.plan.gathering import Coordinator, MemoryEfficientLinear
+from ds_grass.plan.gathering import Coordinator
 from ds_grass.plan.job import DTYPES, PlannedJob
+from ds_grass.plan.kernels import device_kernels
 from ds_grass.plan.ledger import GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
 from ds_grass.state_store import StateStore
 from ds_grass.unit_state import StateLayout
@@ -72,8 +70,8 @@ class Rank:
     def __init__(self, job: PlannedJob, config: Any):
         self.job = job
         self.ledger = Ledger()
-        self._fake = FakeTensorMode()
-        self._device = torch.device("cpu")
+        self._device = torch.device("meta")
+        self._chunk_numel = ops.chunk_numel(torch.device(job.device))
         with self._running("init"):
             with self.ledger.holding(WEIGHTS):
                 self.model = models.build(config, DTYPES[job.dtype], checkpointing=job.checkpointing)
@@ -116,7 +114,7 @@ class Rank:
         self.store = self.store_of(states)
         nbytes = self.store.device_bytes_planned([unit.key for unit in wanted])
         with self._running("draw"), self.ledger.holding(STATES):
-            held = torch.empty(nbytes, dtype=torch.uint8)
+            held = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         self.drawn = self.ledger.now
         self.ledger.history = [] if history else None
         peak = self._step(wanted, probing=False)
@@ -180,7 +178,7 @@ class Rank:
         for unit in active:
             if unit.key in self.reducer.shards:
                 shard = self.reducer.shards[unit.key]
-                ops.squared_norm(shard[: ops.chunk_numel(self._kernel_device)])
+                ops.squared_norm(shard[: self._chunk_numel])
         for unit in active:
             self.ledger.place = unit.name
             if not probing:
@@ -191,9 +189,9 @@ class Rank:
         """The temporaries of one chunk; a native kernel has none."""
         if self.job.device == "cpu" and ops.native()[0]:
             return
-        numel = min(self.layouts[unit.key].shard_numel, ops.chunk_numel(self._kernel_device))
+        numel = min(self.layouts[unit.key].shard_numel, self._chunk_numel)
         state = StateLayout(numel, self.store.has_master(unit.key), self.store.moment_dtype)
-        place = functools.partial(torch.empty, device=self._kernel_device)
+        place = functools.partial(torch.empty, device=self._device)
         with self.ledger.resting():
             memory = place(max(state.nbytes, 1), dtype=torch.uint8)
             param, grad = place(numel, dtype=unit.dtype), place(numel, dtype=DTYPES[self.job.sum_dtype])
@@ -204,16 +202,11 @@ class Rank:
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _kernel_device(self) -> torch.device:
-        """Kernels take larger chunks on a device than on a CPU."""
-        return torch.device("cpu" if self.job.device == "cpu" else "meta")
-
     @contextlib.contextmanager
     def _running(self, phase: str) -> Iterator[None]:
-        kernels = DeviceKernels(cuda=self.job.device == "cuda", partitioned=self.job.stage == 3)
         self.ledger.phase, self.ledger.place = phase, ""
-        with self._fake, kernels, self.ledger, models.no_values_asked():
+        kernels = device_kernels(self.job.device, partitioned=self.job.stage == 3)
+        with torch.device("meta"), kernels, models.no_values_asked(), self.ledger:
             yield
 
     def _shard_layout(self, unit: Unit) -> ShardLayout:
@@ -245,7 +238,7 @@ class Rank:
         numel = sum(part.numel() for part in parts)
         if self.job.device != "cpu":
             parts.clear()
-        return [torch.empty(numel, dtype=DTYPES[self.job.dtype])]
+        return [torch.empty(numel, dtype=DTYPES[self.job.dtype], device=self._device)]
 
     def _make_reducer(self) -> ReplayedReducer:
         ranks, job = self.job.ranks, self.job
@@ -269,37 +262,6 @@ class Rank:
 
     def _no_weights(self, key: int) -> Tensor:
         raise AssertionError("a planned store holds no states")
-
-
-class DeviceKernels(TorchFunctionMode):
-    """What CUDA's kernels save where the CPU's save more: no scores with dropout, and masks of one byte.
-
-    `partitioned`: stage 3's linear.
-    """
-
-    def __init__(self, *, cuda: bool, partitioned: bool):
-        super().__init__()
-        self._cuda, self._partitioned = cuda, partitioned
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function is F.linear and self._partitioned:
-            return _linear(*args, **kwargs)
-        if not self._cuda:
-            return function(*args, **kwargs)
-        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs["dropout_p"] = 0.0  # the flash kernels save the generator's state
-        if function is F.dropout:
-            return _dropout(*args, **kwargs)
-        return function(*args, **kwargs)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return MemoryEfficientLinear.apply(input, weight, bias)
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
 def candidate_sets(num_blocks: int, count: int) -> dict[str, list[int]]:

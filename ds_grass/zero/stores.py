@@ -1,4 +1,4 @@
-"""The state store of one rank's units: which states there are, and how large. Jobs and `ds_grass plan` make it alike."""
+"""The state store of one rank's units: which states there are, and how large. `ds_grass plan` makes the same."""
 
 from __future__ import annotations
 

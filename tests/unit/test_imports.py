@@ -75,6 +75,7 @@ ORDER = """
     ds_grass.plan.ledger
     ds_grass.plan.job
     ds_grass.plan.model
+    ds_grass.plan.kernels
     ds_grass.plan.gathering
     ds_grass.plan.replay
     ds_grass.plan.budget
