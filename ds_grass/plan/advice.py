@@ -34,34 +34,39 @@ class Advice:
 
 def floor(planner: Planner, job: PlannedJob) -> Budget:
     """The least that this model can train with here: one block, nothing outside, states passing through."""
-    return planner.budget(job.with_grass(active_layers=1, outer="never").with_states(mode="stream"))
+    return planner.budget(job.activating(1).with_grass(outer="never").with_states(mode="stream"))
 
 
 def alternatives(planner: Planner, base: Budget) -> Iterator[Alternative]:
     """Settings that differ from `base` in one thing, each replayed at the draw that was the most expensive there."""
-    for change, job in _changes(base, len(planner.rank(base.job).layout.blocks)):
+    rank = planner.rank(base.job)
+    for change, job in _changes(base, len(rank.layout.blocks), can_recompute=rank.can_recompute):
         yield Alternative(change, planner.budget(job, draws=(base.worst_draw,)))
 
 
 def advise(planner: Planner, job: PlannedJob) -> Advice:
     """The largest active_layers within the limits, giving up what must be."""
     given_up: list[str] = []
-    for name, give_up in [("", lambda job: job), *_LADDER]:
-        changed = give_up(job)
-        if name and changed == job:
+    found = largest_that_fits(planner, job)
+    for step in _LADDER:
+        if found is not None:
+            break
+        changed = step.give_up(job)
+        if changed.checkpointing and not planner.rank(job).can_recompute:
+            continue
+        short = shortfall(planner.limits, planner.budget(job.activating(1)))
+        if changed == job or not set(step.relieves) & set(short):
             continue
         job = changed
-        given_up += [name] if name else []
+        given_up.append(step.name)
         found = largest_that_fits(planner, job)
-        if found is not None:
-            return Advice(found, tuple(given_up))
-    return Advice(None, tuple(given_up))
+    return Advice(found, tuple(given_up))
 
 
 def largest_that_fits(planner: Planner, job: PlannedJob) -> Budget | None:
     """The budget with the most active blocks within the planner's limits; None when even one is too many."""
     most = len(planner.rank(job).layout.blocks)
-    smallest = planner.budget(job.with_grass(active_layers=1))
+    smallest = planner.budget(job.activating(1))
     if not planner.limits.hold(smallest):
         return None
     best, low, high = smallest, 1, most
@@ -71,7 +76,7 @@ def largest_that_fits(planner: Planner, job: PlannedJob) -> Budget | None:
             if high == most and best.job.grass.active_layers * 2 < most
             else (low + high + 1) // 2
         )
-        budget = planner.budget(job.with_grass(active_layers=middle), draws=(smallest.worst_draw,))
+        budget = planner.budget(job.activating(middle), draws=(smallest.worst_draw,))
         if planner.limits.hold(budget):
             best, low = budget, middle
         else:
@@ -93,11 +98,11 @@ def as_json(job: PlannedJob) -> str:
     return json.dumps({"grass": grass_block(job)}, indent=2)
 
 
-def _changes(base: Budget, num_blocks: int) -> Iterator[tuple[str, PlannedJob]]:
+def _changes(base: Budget, num_blocks: int, *, can_recompute: bool) -> Iterator[tuple[str, PlannedJob]]:
     job, given = base.job, base.job.grass
     for count in sorted({1, 2, 4, 8, 16, num_blocks} - {given.active_layers}):
         if count <= num_blocks:
-            yield f"active_layers {count}", job.with_grass(active_layers=count)
+            yield f"active_layers {count}", job.activating(count)
     for mode in ("stream", "resident"):
         if mode != given.states.mode:
             yield f"states.mode {mode}", job.with_states(mode=mode)
@@ -132,11 +137,20 @@ def _drop_masters(job: PlannedJob) -> PlannedJob:
     return job.with_states(master_weights=False) if job.dtype == "bf16" else job
 
 
-_LADDER: tuple[tuple[str, Callable[[PlannedJob], PlannedJob]], ...] = (
-    ("gradient checkpointing", lambda job: replace(job, checkpointing=True)),
-    ("moments in bf16", lambda job: job.with_states(dtype="bf16")),
-    ("what is outside the blocks at rest", _rest_outer),
-    ("no fp32 master weights", _drop_masters),
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    relieves: tuple[str, ...]
+    """As `shortfall` says it."""
+    give_up: Callable[[PlannedJob], PlannedJob]
+
+
+_BOTH = ("the device", "the host")
+_LADDER = (
+    _Step("gradient checkpointing", ("the device",), lambda job: replace(job, checkpointing=True)),
+    _Step("moments in bf16", _BOTH, lambda job: job.with_states(dtype="bf16")),
+    _Step("what is outside the blocks at rest", _BOTH, _rest_outer),
+    _Step("no fp32 master weights", _BOTH, _drop_masters),
 )
 
 

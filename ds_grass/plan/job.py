@@ -67,6 +67,10 @@ class PlannedJob:
         """The same job with other keys of the block."""
         return replace(self, grass=self.grass.model_copy(update=keys))
 
+    def activating(self, count: int) -> PlannedJob:
+        """The same job with `count` active layers; `probe_steps` is left to the package, for fewer take more of them."""
+        return self.with_grass(active_layers=count, probe_steps=0 if self.grass.probe_steps == 0 else None)
+
     def with_states(self, **keys: Any) -> PlannedJob:
         """The same job with other keys of `grass.states`."""
         return self.with_grass(states=self.grass.states.model_copy(update=keys))

@@ -98,6 +98,11 @@ class Rank:
         self._boundary = True
         _name_places(self.model, self.ledger)
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model knows gradient checkpointing."""
+        return bool(getattr(self.model, "supports_gradient_checkpointing", False))
+
     # -- what is measured -------------------------------------------------------------------------------------------
 
     def probe(self, blocks: Sequence[int]) -> Moment:
