@@ -33,8 +33,9 @@ class Advice:
 
 
 def floor(planner: Planner, job: PlannedJob) -> Budget:
-    """The least that this model can train with here: one block, nothing outside, states passing through."""
-    return planner.budget(job.activating(1).with_grass(outer="never").with_states(mode="stream"))
+    """The least that this batch can be trained with: one block, its states passing through in bf16, no masters."""
+    job = _drop_masters(_rest_outer(job.activating(1)).with_states(mode="stream", dtype="bf16"))
+    return planner.budget(replace(job, checkpointing=planner.rank(job).can_recompute))
 
 
 def alternatives(planner: Planner, base: Budget) -> Iterator[Alternative]:
@@ -117,10 +118,9 @@ def _changes(base: Budget, num_blocks: int, *, can_recompute: bool) -> Iterator[
     for outer in ("always", "never"):
         if outer != given.outer:
             yield f"outer {outer}", job.with_grass(outer=outer)
-    yield (
-        f"checkpointing {'off' if job.checkpointing else 'on'}",
-        replace(job, checkpointing=not job.checkpointing),
-    )
+    if can_recompute:
+        switched = "off" if job.checkpointing else "on"
+        yield f"checkpointing {switched}", replace(job, checkpointing=not job.checkpointing)
     if job.ranks > 1:
         for stage in (1, 2, 3):
             if stage != (job.stage or 1):

@@ -68,7 +68,7 @@ class PlannedJob:
         return replace(self, grass=self.grass.model_copy(update=keys))
 
     def activating(self, count: int) -> PlannedJob:
-        """The same job with `count` active layers; `probe_steps` is left to the package, for fewer take more of them."""
+        """The same job with `count` active layers; fewer need more `probe_steps`, which the package then chooses."""
         return self.with_grass(active_layers=count, probe_steps=0 if self.grass.probe_steps == 0 else None)
 
     def with_states(self, **keys: Any) -> PlannedJob:

@@ -20,6 +20,11 @@ from ds_grass.report.axes import BLACK, REFERENCE, STYLE
 from ds_grass.telemetry import human_count
 
 _COLORS = ("#0072b2", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#e69f00")
+_BEHIND = {
+    "facecolor": "white",
+    "edgecolor": "none",
+    "pad": 0.6,
+}  # a number stays readable on the limit's line
 _MAX_COLUMNS = 500
 
 
@@ -61,7 +66,7 @@ def _draw_step(axes: Axes, plan: Plan) -> None:
     if limit:
         axes.axhline(limit, color=BLACK, linestyle="--", linewidth=1)
     axes.set(ylim=(0, 1.15 * max(base[top], limit)), xlim=(0, 1), ylabel="memory of one rank (GB)")
-    axes.set_title(f"One training step: {_job(plan)}", loc="left", color=BLACK)
+    axes.set_title(f"One training step of {_job(plan)}", loc="left", color=BLACK)
     axes.set_xticks(
         [(start + stop) / 2 / len(columns) for _, start, stop in phases], [name for name, _, _ in phases]
     )
@@ -85,11 +90,17 @@ def _draw_settings(axes: Axes, plan: Plan) -> None:
     for row, (_, budget) in enumerate(named):
         total = budget.peak.total_bytes / 1e9
         axes.annotate(
-            f"{total:.1f}", (total, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            f"{total:.1f}",
+            (total, row),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox=_BEHIND,
         )
     limit = (plan.limits.device or 0) / 1e9
     if limit:
-        axes.axvline(limit, color=BLACK, linestyle="--", linewidth=1)
+        axes.axvline(limit, color=BLACK, linestyle="--", linewidth=1, zorder=1.5)
         axes.annotate(f"{limit:.0f} GB of device memory", (limit, -0.6), xytext=(3, 2), textcoords="offset points",
                       ha="left", fontsize=8)  # fmt: skip
     most = max(budget.peak.total_bytes for _, budget in named) / 1e9
@@ -129,7 +140,6 @@ def _columns(history: Sequence[Moment]) -> tuple[list[tuple[str, int, int]], lis
 def _job(plan: Plan) -> str:
     job = plan.base.job
     return (
-        f"{plan.model.model_type} {human_count(plan.shape.numel)}, {job.grass.active_layers} of "
-        f"{len(plan.shape.block_numels)} blocks active, {job.micro_batch} x {job.seq_length} tokens, {job.dtype}, "
-        f"ZeRO-{job.stage or 1}, {job.ranks} rank{'s' * (job.ranks > 1)}"
+        f"a {human_count(plan.shape.numel)} {plan.model.model_type}, {job.grass.active_layers} of "
+        f"{len(plan.shape.block_numels)} blocks active, {job.micro_batch} x {job.seq_length} tokens, {job.dtype}"
     )

@@ -90,7 +90,12 @@ def _device_table(plan: Plan) -> Table:
         if moment is not None:
             style = "bold" if moment == plan.base.peak else ""
             table.add_row(name, *_moment_cells(moment), _where(moment), style=style)
-    table.add_row("the floor", *_moment_cells(plan.floor.peak), "1 active, outer never, stream", style="dim")
+    table.add_row(
+        "the floor",
+        *_moment_cells(plan.floor.peak),
+        "1 active, nothing outside, bf16 states, recomputed",
+        style="dim",
+    )
     return table
 
 
