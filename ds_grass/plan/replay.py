@@ -146,7 +146,8 @@ class Rank:
             self._coordinator.forget_trace()
         with self._running("forward"):
             self.ledger.start_peak()
-            for _ in range(1 + (self.job.stage == 3)):  # stage 3 gathers otherwise once it has seen a step
+            # Stage 3 gathers otherwise once it has seen a step with the same blocks, which turns never give it.
+            for _ in range(2 if self.job.stage == 3 and not (probing and in_turns) else 1):
                 self._run_step(active, probing=probing)
         self.reducer.clear()
         return self.ledger.peak
