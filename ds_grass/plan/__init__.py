@@ -65,7 +65,7 @@ def make_plan(
         shape=shape,
         limits=limits,
         base=base,
-        advice=advise(planner, job) if (limits.device or limits.host) else None,
+        advice=advise(planner, base, job) if (limits.device or limits.host) else None,
         alternatives=tuple(alternatives(planner, base)),
         floor=floor(planner, job),
         history=history,

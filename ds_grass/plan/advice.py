@@ -45,44 +45,47 @@ def alternatives(planner: Planner, base: Budget) -> Iterator[Alternative]:
         yield Alternative(change, planner.budget(job, draws=(base.worst_draw,)))
 
 
-def advise(planner: Planner, job: PlannedJob) -> Advice:
-    """The largest active_layers within the limits, giving up what must be."""
+def advise(planner: Planner, base: Budget, job: PlannedJob) -> Advice:
+    """The largest active_layers for `job` within the limits, giving up what must be. `base` is its budget."""
     given_up: list[str] = []
-    found = largest_that_fits(planner, job)
+    draws = (base.worst_draw,)
+    found = _largest_that_fits(planner, job, draws)
     for step in _LADDER:
         if found is not None:
             break
         changed = step.give_up(job)
-        if changed.checkpointing and not planner.rank(job).can_recompute:
+        if changed == job or (changed.checkpointing and not planner.rank(job).can_recompute):
             continue
-        short = shortfall(planner.limits, planner.budget(job.activating(1)))
-        if changed == job or not set(step.relieves) & set(short):
+        short = shortfall(planner.limits, planner.budget(job.activating(1), draws=draws))
+        if not set(step.relieves) & set(short):
             continue
         job = changed
         given_up.append(step.name)
-        found = largest_that_fits(planner, job)
+        found = _largest_that_fits(planner, job, draws)
     return Advice(found, tuple(given_up))
 
 
-def largest_that_fits(planner: Planner, job: PlannedJob) -> Budget | None:
-    """The budget with the most active blocks within the planner's limits; None when even one is too many."""
-    most = len(planner.rank(job).layout.blocks)
-    smallest = planner.budget(job.activating(1))
-    if not planner.limits.hold(smallest):
-        return None
-    best, low, high = smallest, 1, most
+def _largest_that_fits(planner: Planner, job: PlannedJob, draws: tuple[str, ...]) -> Budget | None:
+    """The budget with the most active blocks within the limits, at any draw; None when even one is too many."""
+
+    def fitting(count: int, at: tuple[str, ...] | None = draws) -> Budget | None:
+        budget = planner.budget(job.activating(count), draws=at)
+        return budget if planner.limits.hold(budget) else None
+
+    low, high = 0, len(planner.rank(job).layout.blocks)
+    middle = 1  # often even one does not fit
     while low < high:
-        middle = (
-            min(most, 2 * low)
-            if high == most and best.job.grass.active_layers * 2 < most
-            else (low + high + 1) // 2
-        )
-        budget = planner.budget(job.activating(middle), draws=(smallest.worst_draw,))
-        if planner.limits.hold(budget):
-            best, low = budget, middle
+        if fitting(middle):
+            low = middle
         else:
             high = middle - 1
-    return best
+        middle = min(4 * middle, high) if middle < 4 and low else (low + high + 1) // 2
+    while low > 0:
+        budget = fitting(low, None)
+        if budget:
+            return budget
+        low -= 1  # another draw takes more than the one that was looked at
+    return None
 
 
 def grass_block(job: PlannedJob) -> dict:

@@ -119,7 +119,7 @@ class Planner:
         return Budget(
             job=job,
             init=rank.init,
-            probe=self._probe(job, rank, list(sets.values())),
+            probe=self._probe(job, rank, list(sets.values()), again=draws is not None),
             train=train,
             worst_draw=worst,
             host_bytes=store.final_host_bytes,
@@ -127,10 +127,10 @@ class Planner:
             moved_bytes=_moved(job, store, active),
         )
 
-    def _probe(self, job: PlannedJob, rank: Rank, sets: list[list[int]]) -> Moment | None:
-        if job.grass.probe_steps_for(len(rank.layout.blocks), job.accumulation) == 0:
-            return None
+    def _probe(self, job: PlannedJob, rank: Rank, sets: list[list[int]], *, again: bool) -> Moment | None:
         in_turns = job.accumulation > 1
+        if job.grass.probe_steps_for(len(rank.layout.blocks), job.accumulation) == 0 or (in_turns and again):
+            return None  # a turn takes no more than training the same blocks does
         alike = replace(_without_choice(job), grass=job.grass) if in_turns else _without_choice(job)
         if alike not in self._probes:
             tried = sets if in_turns else sets[:1]  # all blocks at once need no choice

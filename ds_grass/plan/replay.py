@@ -32,8 +32,8 @@ from ds_grass.plan.ledger import GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, 
 from ds_grass.state_store import StateStore
 from ds_grass.unit_state import StateLayout
 from ds_grass.units import Unit, make_units, reduction_order
-from ds_grass.zero.reducer import Averaging, GradientReducer
-from ds_grass.zero.shards import FlatShards, ParameterShards, ShardLayout, flatten
+from ds_grass.zero.reducer import Averaging, Filling, GradientReducer
+from ds_grass.zero.shards import FlatShards, ParameterShards, ShardLayout, empty_buffer, flatten
 from ds_grass.zero.stores import make_store
 
 
@@ -59,6 +59,17 @@ class ReplayedReducer(GradientReducer):
     def _accumulate(self, key: int, shard: Tensor) -> None:
         super()._accumulate(key, shard)
         self._ledger.assign(self.shards[key], GRADIENTS)  # on one rank the buffer itself becomes the shard
+
+    def hold_sums(self) -> None:
+        """As the micro-batches before the last leave it: a sum of gradients for every active unit."""
+        with self._ledger.holding(GRADIENTS):
+            for key in self.order:
+                layout, dtype = self.layouts[key], self.averaging.sum_dtype
+                if self.partitioned:
+                    self.shards[key] = torch.empty(layout.shard_numel, dtype=dtype, device=self.device)
+                else:
+                    every = set(range(self._sizes[key]))
+                    self._filling[key] = Filling(empty_buffer(layout, dtype, self.device), written=every)
 
     def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
         """NCCL needs nothing besides the two."""
@@ -155,9 +166,13 @@ class Rank:
     def _run_step(self, active: Sequence[Unit], *, probing: bool) -> None:
         if self._coordinator:
             self._coordinator.gather_persistent()
-        for micro in range(min(self.job.accumulation, 2)):  # later ones are like the second
-            self._boundary = micro == min(self.job.accumulation, 2) - 1
+        if self.job.accumulation > 1 and self._coordinator:  # which learns from the first micro-batch
+            self._boundary = False
             self._forward_and_backward()
+        elif self.job.accumulation > 1:
+            self.reducer.hold_sums()
+        self._boundary = True
+        self._forward_and_backward()
         self.ledger.phase, self.ledger.place = "update", ""
         if self._coordinator:
             self._coordinator.end_step()

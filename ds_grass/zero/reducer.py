@@ -62,7 +62,7 @@ class Averaging:
 
 
 @dataclass
-class _Filling:
+class Filling:
     """A unit's buffer while its gradients arrive."""
 
     buffer: Tensor
@@ -99,8 +99,8 @@ class GradientReducer:
         self._order: list[int] = []
         self._place: dict[int, tuple[int, int]] = {}
         self._sizes: dict[int, int] = {}
-        self._filling: dict[int, _Filling] = {}
-        self._late: dict[int, _Filling | None] = {}
+        self._filling: dict[int, Filling] = {}
+        self._late: dict[int, Filling | None] = {}
         self._launched: set[int] = set()
         self._next = 0
         self._measured_at_once = False
@@ -178,11 +178,11 @@ class GradientReducer:
         self._launched.clear()
         self._next = 0
 
-    def _store(self, fillings: dict[int, _Filling | None], key: int, index: int, grad: Tensor) -> _Filling:
+    def _store(self, fillings: dict[int, Filling | None], key: int, index: int, grad: Tensor) -> Filling:
         filling = fillings.get(key)
         if filling is None:
             dtype = self.averaging.wire_dtype if self.partitioned else self.averaging.sum_dtype
-            filling = fillings[key] = _Filling(empty_buffer(self.layouts[key], dtype, self.device))
+            filling = fillings[key] = Filling(empty_buffer(self.layouts[key], dtype, self.device))
         self.layouts[key].store(filling.buffer, index, grad, accumulate=index in filling.written)
         filling.written.add(index)
         return filling
@@ -226,11 +226,11 @@ class GradientReducer:
             yield
         buffer.record_stream(self.stream)  # its memory is not reused before the reduction has read it
 
-    def _filled(self, key: int, filling: _Filling | None) -> Tensor:
+    def _filled(self, key: int, filling: Filling | None) -> Tensor:
         layout = self.layouts[key]
         if filling is None:
             self.counters["zero_filled_units"] += 1
-            filling = _Filling(empty_buffer(layout, self.averaging.wire_dtype, self.device))
+            filling = Filling(empty_buffer(layout, self.averaging.wire_dtype, self.device))
         for index in range(self._sizes[key]):
             if index not in filling.written:
                 layout.clear(filling.buffer, index)

@@ -14,7 +14,7 @@ import torch
 from ds_grass import cli
 from ds_grass.config import parse_block
 from ds_grass.plan import budget as budgets
-from ds_grass.plan.advice import advise, grass_block
+from ds_grass.plan.advice import Advice, advise, grass_block
 from ds_grass.plan.budget import Limits, Planner
 from ds_grass.plan.job import PlannedJob, resolve
 from ds_grass.plan.ledger import ACTIVATIONS, STATES, WEIGHTS, Ledger
@@ -34,6 +34,10 @@ DS_CONFIG = {
 def job_of(**keys) -> PlannedJob:
     """A small job; keys of the grass block."""
     return PlannedJob(parse_block({"active_layers": 2, **keys}), micro_batch=2, seq_length=64)
+
+
+def advice_for(planner: Planner, job: PlannedJob) -> Advice:
+    return advise(planner, planner.budget(job), job)
 
 
 @pytest.fixture
@@ -192,7 +196,7 @@ def test_advice_is_the_largest_that_fits():
         for count in (3, 4)
     )
     limited = Planner(config, Limits(device=(three + four) // 2))
-    advice = advise(limited, job_of(active_layers=1, states={"mode": "resident"}))
+    advice = advice_for(limited, job_of(active_layers=1, states={"mode": "resident"}))
     assert advice.given_up == ()
     assert grass_block(advice.budget.job) == {"active_layers": 3, "states": {"mode": "resident"}}
 
@@ -200,10 +204,10 @@ def test_advice_is_the_largest_that_fits():
 def test_advice_gives_up_what_it_must_and_says_so():
     config = config_of("llama_gqa")
     host = Planner(config, Limits()).budget(job_of()).host_bytes
-    advice = advise(Planner(config, Limits(host=host // 2)), job_of())
+    advice = advice_for(Planner(config, Limits(host=host // 2)), job_of())
     assert advice.given_up == ("moments in bf16", "what is outside the blocks at rest")
     assert advice.budget.host_bytes <= host // 2
-    nothing = advise(Planner(config, Limits(device=1000)), job_of())
+    nothing = advice_for(Planner(config, Limits(device=1000)), job_of())
     assert nothing.budget is None
     assert nothing.given_up[0] == "gradient checkpointing"
     assert len(nothing.given_up) == 4
