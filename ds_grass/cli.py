@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
+_PLAN_COLUMNS = 100
+"""Characters that the tables of a plan take; a file or a pipe has 80 by default."""
+
+
 @dataclass(frozen=True)
 class _Command:
     help: str
@@ -169,7 +173,8 @@ def _run_plan(parsed: argparse.Namespace) -> int:
     if parsed.json:
         sys.stdout.write(json.dumps(table.document(plan), indent=2) + "\n")
     else:
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        console = Console(file=sys.stdout, highlight=False)
+        console.width = max(console.width, _PLAN_COLUMNS)
         table.show(plan, console)
     if parsed.picture and not _drawn(plan, parsed.picture):
         return 1

@@ -16,7 +16,7 @@ from typing import Any
 from ds_grass.config import StatesConfig
 from ds_grass.plan.job import PlannedJob
 from ds_grass.plan.ledger import Moment
-from ds_grass.plan.replay import Rank, candidate_sets
+from ds_grass.plan.replay import Rank
 from ds_grass.state_store import StateStore
 from ds_grass.units import Unit, largest_blocks
 from ds_grass.zero.placement import spare_bytes
@@ -147,6 +147,20 @@ class Planner:
         if self.limits.device is None:
             return "stream"
         return "resident" if spare_bytes(self.limits.device - peak.total_bytes, resident) > 0 else "stream"
+
+
+def candidate_sets(num_blocks: int, count: int) -> dict[str, list[int]]:
+    """Sets of `count` blocks among which the most expensive draw is: what differs is how deep backward goes."""
+    sets = {
+        "lowest": list(range(count)),
+        "highest": list(range(num_blocks - count, num_blocks)),
+        "lowest and highest": [0, *range(num_blocks - count + 1, num_blocks)],
+    }
+    return {
+        name: blocks
+        for index, (name, blocks) in enumerate(sets.items())
+        if blocks not in list(sets.values())[:index]
+    }
 
 
 def describe(job: PlannedJob) -> str:

@@ -13,8 +13,10 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -135,3 +137,24 @@ class Ledger(TorchDispatchMode):
             self.history.append(self.now)
         if sum(self._held) > self.peak.total_bytes:
             self.peak = self.now
+
+
+def name_places(model: nn.Module, ledger: Ledger) -> None:
+    """Let the ledger know which module runs, or is being differentiated."""
+
+    def at(place: str) -> None:
+        ledger.place = place
+
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        module.register_forward_pre_hook(lambda *_, name=name: at(name or "model"))
+
+        def after(
+            module: nn.Module, inputs: Any, output: Any, name: str = name, parent: str = parent
+        ) -> None:
+            at(parent or "loss")
+            first = output[0] if isinstance(output, tuple | list) and output else output
+            if name and isinstance(first, Tensor) and first.requires_grad:
+                first.register_hook(lambda gradient: at(name))
+
+        module.register_forward_hook(after)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_grass import ops
 from ds_grass.backward_cut import BackwardCut
@@ -28,51 +28,14 @@ from ds_grass.plan import model as models
 from ds_grass.plan.gathering import Coordinator
 from ds_grass.plan.job import DTYPES, PlannedJob
 from ds_grass.plan.kernels import device_kernels
-from ds_grass.plan.ledger import GRADIENTS, IN_FLIGHT, STATES, WEIGHTS, Ledger, Moment
+from ds_grass.plan.ledger import STATES, WEIGHTS, Ledger, Moment, name_places
+from ds_grass.plan.reduction import ReplayedReducer
 from ds_grass.state_store import StateStore
 from ds_grass.unit_state import StateLayout
 from ds_grass.units import Unit, make_units, reduction_order
-from ds_grass.zero.reducer import Averaging, Filling, GradientReducer
-from ds_grass.zero.shards import FlatShards, ParameterShards, ShardLayout, empty_buffer, flatten
+from ds_grass.zero.reducer import Averaging
+from ds_grass.zero.shards import FlatShards, ParameterShards, ShardLayout, flatten
 from ds_grass.zero.stores import make_store
-
-
-class ReplayedReducer(GradientReducer):
-    """The job's reducer, each of its buffers counted as what it is; the collective itself moves nothing."""
-
-    def __init__(self, ledger: Ledger, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._ledger = ledger
-
-    def arrived(self, param: nn.Parameter) -> None:
-        with self._ledger.holding(IN_FLIGHT):
-            super().arrived(param)
-
-    def flush(self) -> None:
-        with self._ledger.holding(IN_FLIGHT):
-            super().flush()
-
-    def _reduce(self, key: int, buffer: Tensor) -> Tensor:
-        with self._ledger.holding(GRADIENTS):
-            return super()._reduce(key, buffer)
-
-    def _accumulate(self, key: int, shard: Tensor) -> None:
-        super()._accumulate(key, shard)
-        self._ledger.assign(self.shards[key], GRADIENTS)  # on one rank the buffer itself becomes the shard
-
-    def hold_sums(self) -> None:
-        """As the micro-batches before the last leave it: a sum of gradients for every active unit."""
-        with self._ledger.holding(GRADIENTS):
-            for key in self.order:
-                layout, dtype = self.layouts[key], self.averaging.sum_dtype
-                if self.partitioned:
-                    self.shards[key] = torch.empty(layout.shard_numel, dtype=dtype, device=self.device)
-                else:
-                    every = set(range(self._sizes[key]))
-                    self._filling[key] = Filling(empty_buffer(layout, dtype, self.device), written=every)
-
-    def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
-        """NCCL needs nothing besides the two."""
 
 
 class Rank:
@@ -107,7 +70,7 @@ class Rank:
         if job.stage == 3:
             self._coordinator = Coordinator(self.model, job.gathering, job.ranks, self.ledger)
         self._boundary = True
-        _name_places(self.model, self.ledger)
+        name_places(self.model, self.ledger)
 
     @property
     def can_recompute(self) -> bool:
@@ -285,40 +248,5 @@ class Rank:
         raise AssertionError("a planned store holds no states")
 
 
-def candidate_sets(num_blocks: int, count: int) -> dict[str, list[int]]:
-    """Sets of `count` blocks among which the most expensive draw is: what differs is how deep backward goes."""
-    sets = {
-        "lowest": list(range(count)),
-        "highest": list(range(num_blocks - count, num_blocks)),
-        "lowest and highest": [0, *range(num_blocks - count + 1, num_blocks)],
-    }
-    return {
-        name: blocks
-        for index, (name, blocks) in enumerate(sets.items())
-        if blocks not in list(sets.values())[:index]
-    }
-
-
 def _all(layout: Layout) -> range:
     return range(len(layout.blocks))
-
-
-def _name_places(model: nn.Module, ledger: Ledger) -> None:
-    """Let the ledger know which module runs, or is being differentiated."""
-
-    def at(place: str) -> None:
-        ledger.place = place
-
-    for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        module.register_forward_pre_hook(lambda *_, name=name: at(name or "model"))
-
-        def after(
-            module: nn.Module, inputs: Any, output: Any, name: str = name, parent: str = parent
-        ) -> None:
-            at(parent or "loss")
-            first = output[0] if isinstance(output, tuple | list) and output else output
-            if name and isinstance(first, Tensor) and first.requires_grad:
-                first.register_hook(lambda gradient: at(name))
-
-        module.register_forward_hook(after)

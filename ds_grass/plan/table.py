@@ -107,7 +107,7 @@ def _moment_cells(moment: Moment) -> list[str]:
 
 
 def _where(moment: Moment) -> str:
-    return f"{moment.phase}: {moment.place}" if moment.place else moment.phase
+    return f"{moment.phase}, {moment.place}" if moment.place else moment.phase
 
 
 def _host_table(plan: Plan) -> Table:
@@ -149,7 +149,7 @@ def _verdict(plan: Plan, budget: Budget) -> str:
     if plan.limits.device is None and plan.limits.host is None:
         return ""
     over = shortfall(plan.limits, budget)
-    return f"[red]not {' and '.join(over)}[/]" if over else "[green]yes[/]"
+    return f"[red]not {', nor '.join(over)}[/]" if over else "[green]yes[/]"
 
 
 def _table(title: str, *columns: str) -> Table:

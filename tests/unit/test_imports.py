@@ -77,6 +77,7 @@ ORDER = """
     ds_grass.plan.model
     ds_grass.plan.kernels
     ds_grass.plan.gathering
+    ds_grass.plan.reduction
     ds_grass.plan.replay
     ds_grass.plan.budget
     ds_grass.plan.advice

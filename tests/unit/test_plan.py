@@ -15,10 +15,10 @@ from ds_grass import cli
 from ds_grass.config import parse_block
 from ds_grass.plan import budget as budgets
 from ds_grass.plan.advice import Advice, advise, grass_block
-from ds_grass.plan.budget import Limits, Planner
+from ds_grass.plan.budget import Limits, Planner, candidate_sets
 from ds_grass.plan.job import PlannedJob, resolve
 from ds_grass.plan.ledger import ACTIVATIONS, STATES, WEIGHTS, Ledger
-from ds_grass.plan.replay import Rank, candidate_sets
+from ds_grass.plan.replay import Rank
 from ds_grass.plan.sizes import gigabytes, parse_size
 from tests.planned_models import config_of
 
