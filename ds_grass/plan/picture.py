@@ -55,11 +55,11 @@ def _draw_step(axes: Axes, plan: Plan) -> None:
     top = int(base.argmax())
     moment = columns[top]
     axes.annotate(
-        f"{base[top]:.1f} GB, {moment.phase}: {moment.place}",
+        f"{base[top]:.1f} GB in {moment.phase}, {moment.place}",
         ((top + 0.5) / len(columns), base[top]),
         xytext=(0, 6),
         textcoords="offset points",
-        ha="right" if top > len(columns) / 2 else "left",
+        ha="left" if top < 0.35 * len(columns) else "right" if top > 0.65 * len(columns) else "center",
         color=BLACK,
     )
     limit = (plan.limits.device or 0) / 1e9
@@ -71,6 +71,7 @@ def _draw_step(axes: Axes, plan: Plan) -> None:
         [(start + stop) / 2 / len(columns) for _, start, stop in phases], [name for name, _, _ in phases]
     )
     axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("as tensors are made and freed")
     for _, start, _ in phases[1:]:
         axes.axvline(start / len(columns), color=REFERENCE, linewidth=0.6)
 
