@@ -35,6 +35,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     """[batch, heads, length, width] each; dropout keeps the state of a generator."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # every kernel adds its mask
+    if attn_mask is not None and attn_mask.requires_grad:  # a learned bias, which one kernel differentiates
+        mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, mask, True, 0.0, is_causal, scale=scale)[0]
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
