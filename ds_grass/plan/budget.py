@@ -133,7 +133,7 @@ class Planner:
             return None  # a turn takes no more than training the same blocks does
         alike = replace(_without_choice(job), grass=job.grass) if in_turns else _without_choice(job)
         if alike not in self._probes:
-            tried = sets if in_turns else sets[:1]  # all blocks at once need no choice
+            tried = sets[:2] if in_turns else sets[:1]  # turns go through the blocks in order
             self._probes[alike] = max(
                 (rank.probe(blocks) for blocks in tried), key=lambda moment: moment.total_bytes
             )

@@ -47,6 +47,9 @@ class Coordinator:
 
     def start_micro_batch(self) -> None:
         """A forward of the whole model begins."""
+        for param in self._in_flight:  # prefetched for nobody
+            if not self._users[param]:
+                self._held.pop(param, None)
         self._in_flight.clear()
         if self._recorded and self._trace is None:
             self._trace = self._recorded
@@ -222,6 +225,8 @@ class _Gather:
 
 class _Marker(torch.autograd.Function):
     """Passes a tensor on, and says when backward comes by."""
+
+    passes_tensors_on = True
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, passed: Callable[[], None]) -> Tensor:
