@@ -49,6 +49,7 @@ class Rank:
         with self._running("init"):
             with self.ledger.holding(WEIGHTS):
                 self.model = models.build(config, DTYPES[job.dtype], checkpointing=job.checkpointing)
+            self.ledger.start_peak()  # a tied weight is made twice while the script builds its model
             self.layout: Layout = find_layout(self.model, layers=job.grass.layers, outer=job.grass.outer)
             job.grass.check_layers(len(self.layout.blocks))
             for _, param in self.layout.frozen_outer:
