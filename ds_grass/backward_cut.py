@@ -121,10 +121,12 @@ def _leads_to_embeddings_only(value: Tensor) -> bool:
 def _hides_parameters(node: object) -> bool:
     """A function written in Python, such as a reentrant checkpoint, may use parameters that its graph does not show.
 
-    Those with which ZeRO-3 gathers parameters only pass tensors on.
+    Those with which ZeRO-3 gathers parameters only pass tensors on, and so do those that stand for them in a plan.
     """
     forward = getattr(type(node), "_forward_cls", None)
-    return forward is not None and not forward.__module__.startswith("deepspeed.runtime.zero")
+    if forward is None or getattr(forward, "passes_tensors_on", False):
+        return False
+    return not forward.__module__.startswith("deepspeed.runtime.zero")
 
 
 def _trains(module: nn.Module) -> bool:

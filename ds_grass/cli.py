@@ -14,12 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
 
 if TYPE_CHECKING:
-    from .finding import Finding
+    from .doctor.finding import Finding
+    from .plan import Plan
+
+
+_PLAN_COLUMNS = 100
+"""Characters that the tables of a plan take; a file or a pipe has 80 by default."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,111 @@ def _run_report(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder with a config.json, or a name on the hub when online"
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the ds_config.json of the job")
+    parser.add_argument(
+        "--seq-length", type=_positive, metavar="TOKENS", help="of a row of the batch; default: 2048"
+    )
+    parser.add_argument("--micro-batch", type=_positive, metavar="ROWS", help="default: what FILE says")
+    parser.add_argument(
+        "--accumulation", type=_positive, metavar="N", help="micro-batches of a step; default: as in FILE"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=_positive, default=1, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="blocks are recomputed in backward"
+    )
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="of one device, such as 24GB; leave 1 to 2 GB for CUDA"
+    )
+    parser.add_argument("--host-memory", metavar="SIZE", help="of one node, for states, such as 64GB")
+    parser.add_argument("--picture", metavar="FILE", help="write the picture there, as PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer from 1")
+    return int(text)
+
+
+def _run_plan(parsed: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    try:
+        with Console(stderr=True).status("reading") as status:
+            plan = _planned(parsed, lambda text: status.update(f"replaying {text}"))
+    except (ValueError, RuntimeError) as error:
+        sys.stderr.write(f"ds_grass plan: {error}\n")
+        return 1
+    from .plan import table
+
+    if parsed.json:
+        sys.stdout.write(json.dumps(table.document(plan), indent=2) + "\n")
+    else:
+        console = Console(file=sys.stdout, highlight=False)
+        console.width = max(console.width, _PLAN_COLUMNS)
+        table.show(plan, console)
+    if parsed.picture and not _drawn(plan, parsed.picture):
+        return 1
+    return 0 if table.fits(plan) else 1
+
+
+def _planned(parsed: argparse.Namespace, say: Callable[[str], None]) -> Plan:
+    from .plan import make_plan
+    from .plan.budget import Limits
+    from .plan.job import read_ds_config, resolve
+    from .plan.model import read_config
+    from .plan.sizes import parse_size
+
+    device, host = (
+        parse_size(text, option) if text else None
+        for text, option in ((parsed.device_memory, "--device-memory"), (parsed.host_memory, "--host-memory"))
+    )
+    job, notes = resolve(
+        read_ds_config(parsed.config),
+        micro_batch=parsed.micro_batch,
+        accumulation=parsed.accumulation,
+        seq_length=parsed.seq_length,
+        ranks_per_node=parsed.ranks_per_node,
+        nodes=parsed.nodes,
+        checkpointing=parsed.gradient_checkpointing,
+    )
+    return make_plan(read_config(parsed.model), job, Limits(device, host), notes, say)
+
+
+def _drawn(plan: Plan, path: str) -> bool:
+    """Whether the picture is written, or cannot be for want of matplotlib, which is one line."""
+    try:
+        from .plan import picture
+    except ImportError as error:
+        sys.stderr.write(
+            f"ds_grass plan: no picture without matplotlib ({error}): pip install ds_grass[report]\n"
+        )
+        return True
+    try:
+        picture.draw(plan, Path(path))
+    except OSError as error:
+        sys.stderr.write(f"ds_grass plan: --picture {path} cannot be written: {error}\n")
+        return False
+    return True
+
+
 _COMMANDS = {
     "doctor": _Command(
         help="say whether GRASS would run here, and if not, why",
         run=_run_doctor,
         add_arguments=_add_doctor_arguments,
+    ),
+    "plan": _Command(
+        help="say what a job will hold and move, and the largest active_layers that fits, before it is launched",
+        run=_run_plan,
+        add_arguments=_add_plan_arguments,
     ),
     "report": _Command(
         help="draw what a run did, or two side by side, from its grass.jsonl",

@@ -201,9 +201,18 @@ def _adamw_pytorch(
             param[chunk].copy_(w)
 
 
+adamw_specification = _adamw_pytorch
+"""The PyTorch kernel by itself: `ds_grass plan` runs it on the meta device to see what its temporaries take."""
+
+
+def chunk_numel(device: torch.device) -> int:
+    """Elements that the PyTorch kernels take at a time on `device`."""
+    return _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
+
+
 def _chunks(numel: int, offset: int, device: torch.device) -> Iterator[slice]:
     """Cuts [0, numel) where `offset` plus the index is a multiple of the chunk, so none straddles a page of 2^32."""
-    chunk = _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
+    chunk = chunk_numel(device)
     start = 0
     while start < numel:
         stop = min(numel, start + chunk - (offset + start) % chunk)

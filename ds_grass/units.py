@@ -98,5 +98,14 @@ def reduction_order(units: Iterable[Unit]) -> list[Unit]:
     return sorted(units, key=lambda unit: (unit.block is None and not unit.head, -_depth(unit), unit.key))
 
 
+def largest_blocks(units: Iterable[Unit], count: int) -> list[int]:
+    """The `count` blocks with the most elements: the largest set that can be drawn."""
+    sizes: dict[int, int] = {}
+    for unit in units:
+        if unit.block is not None:
+            sizes[unit.block] = sizes.get(unit.block, 0) + unit.numel
+    return sorted(sizes, key=lambda block: -sizes[block])[:count]
+
+
 def _depth(unit: Unit) -> int:
     return HEAD if unit.head else unit.block or 0

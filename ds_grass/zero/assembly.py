@@ -16,8 +16,7 @@ from ds_grass.units import Unit
 from ds_grass.zero.core import GrassCore, Job
 from ds_grass.zero.reducer import Averaging, GradientReducer
 from ds_grass.zero.shards import ShardLayout
-
-MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ds_grass.zero.stores import make_store
 
 
 def assemble(
@@ -44,12 +43,14 @@ def assemble(
         device=device,
         stream=torch.cuda.Stream(device) if overlap and device.type == "cuda" else None,
     )
+    store = make_store(job.config.states, units, layouts, device, weights)
+    _check_capacity_everywhere(store, job.ranks_on_node, device)
     model_parallel_group, model_parallel_rank = _model_parallel(mpu)
     return GrassCore(
         job,
         units,
         reducer,
-        _make_store(job, units, layouts, device, weights),
+        store,
         weights=weights,
         publish=publish,
         norm_groups=[group for group in (averaging.group, model_parallel_group) if _is_parallel(group)],
@@ -57,30 +58,6 @@ def assemble(
         shard_start={key: layout.rank * layout.shard_numel for key, layout in layouts.items()},
         clip_grad=clip_grad,
     )
-
-
-def _make_store(job: Job, units: Sequence[Unit], layouts: Mapping[int, ShardLayout], device: torch.device,
-                weights: Callable[[int], Tensor]) -> StateStore:  # fmt: skip
-    states = job.config.states
-    blocks = [layouts[unit.key].shard_numel for unit in units if unit.block is not None]
-    store = StateStore(
-        device=device,
-        moment_dtype=MOMENT_DTYPES[states.dtype],
-        pin_memory=states.pin_memory,
-        buffers=states.buffers,
-        slot_numel=max(blocks),
-        mode=states.mode or "stream",
-    )
-    for unit in units:
-        low_precision = unit.dtype != torch.float32
-        store.add(
-            unit.key,
-            layouts[unit.key].shard_numel,
-            lambda key=unit.key: weights(key),
-            master=low_precision and states.master_weights,
-        )
-    _check_capacity_everywhere(store, job.ranks_on_node, device)
-    return store
 
 
 def _check_capacity_everywhere(store: StateStore, ranks_on_node: int, device: torch.device) -> None:

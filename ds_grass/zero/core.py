@@ -27,7 +27,7 @@ from ds_grass.layers import Layout
 from ds_grass.state_store import StateStore
 from ds_grass.telemetry.log import GrassLog
 from ds_grass.telemetry.own_time import OwnTime
-from ds_grass.units import Unit, reduction_order
+from ds_grass.units import Unit, largest_blocks, reduction_order
 from ds_grass.zero.journal import Journal
 from ds_grass.zero.placement import resident_fits
 from ds_grass.zero.reducer import GradientReducer
@@ -133,11 +133,7 @@ class GrassCore:
 
     def largest_active(self) -> list[int]:
         """Keys of the largest active set that can be drawn, outer included."""
-        sizes: dict[int, int] = {}
-        for unit in self._ordered:
-            if unit.block is not None:
-                sizes[unit.block] = sizes.get(unit.block, 0) + unit.numel
-        largest = sorted(sizes, key=lambda block: -sizes[block])[: self.job.config.active_layers]
+        largest = largest_blocks(self._ordered, self.job.config.active_layers)
         return [unit.key for unit in self._ordered if unit.block is None or unit.block in largest]
 
     def device_bytes(self, keys: Sequence[int]) -> int:

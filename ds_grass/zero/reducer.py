@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.utils import groups
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -50,6 +48,9 @@ class Averaging:
     def resolve(cls, *, group: object, postscale: bool, predivide_factor: float, average: bool,
                 wire_dtype: torch.dtype, sum_dtype: torch.dtype) -> Averaging:  # fmt: skip
         """From DeepSpeed's keys; sequence-parallel ranks see parts of one sample, so they add up, not average."""
+        from deepspeed import comm as dist
+        from deepspeed.utils import groups
+
         world_size = dist.get_world_size(group)
         mean_of = world_size / groups._get_sequence_parallel_world_size()
         before, after = mean_of, 1.0  # dividing first keeps fp16 sums in range
@@ -61,7 +62,7 @@ class Averaging:
 
 
 @dataclass
-class _Filling:
+class Filling:
     """A unit's buffer while its gradients arrive."""
 
     buffer: Tensor
@@ -98,8 +99,8 @@ class GradientReducer:
         self._order: list[int] = []
         self._place: dict[int, tuple[int, int]] = {}
         self._sizes: dict[int, int] = {}
-        self._filling: dict[int, _Filling] = {}
-        self._late: dict[int, _Filling | None] = {}
+        self._filling: dict[int, Filling] = {}
+        self._late: dict[int, Filling | None] = {}
         self._launched: set[int] = set()
         self._next = 0
         self._measured_at_once = False
@@ -177,11 +178,11 @@ class GradientReducer:
         self._launched.clear()
         self._next = 0
 
-    def _store(self, fillings: dict[int, _Filling | None], key: int, index: int, grad: Tensor) -> _Filling:
+    def _store(self, fillings: dict[int, Filling | None], key: int, index: int, grad: Tensor) -> Filling:
         filling = fillings.get(key)
         if filling is None:
             dtype = self.averaging.wire_dtype if self.partitioned else self.averaging.sum_dtype
-            filling = fillings[key] = _Filling(empty_buffer(self.layouts[key], dtype, self.device))
+            filling = fillings[key] = Filling(empty_buffer(self.layouts[key], dtype, self.device))
         self.layouts[key].store(filling.buffer, index, grad, accumulate=index in filling.written)
         filling.written.add(index)
         return filling
@@ -225,11 +226,11 @@ class GradientReducer:
             yield
         buffer.record_stream(self.stream)  # its memory is not reused before the reduction has read it
 
-    def _filled(self, key: int, filling: _Filling | None) -> Tensor:
+    def _filled(self, key: int, filling: Filling | None) -> Tensor:
         layout = self.layouts[key]
         if filling is None:
             self.counters["zero_filled_units"] += 1
-            filling = _Filling(empty_buffer(layout, self.averaging.wire_dtype, self.device))
+            filling = Filling(empty_buffer(layout, self.averaging.wire_dtype, self.device))
         for index in range(self._sizes[key]):
             if index not in filling.written:
                 layout.clear(filling.buffer, index)
@@ -245,8 +246,14 @@ class GradientReducer:
         if how.before != 1.0:
             buffer.div_(how.before)
         shard = torch.empty(numel, dtype=buffer.dtype, device=buffer.device)
-        dist.reduce_scatter_tensor(shard, buffer, group=how.group)
+        self._reduce_scatter(shard, buffer)
         return shard if how.after == 1.0 else shard.mul_(how.after)
+
+    def _reduce_scatter(self, shard: Tensor, buffer: Tensor) -> None:
+        """Sum `buffer` over the ranks, each its slice. `ds_grass plan` replays everything else without DeepSpeed."""
+        from deepspeed import comm as dist
+
+        dist.reduce_scatter_tensor(shard, buffer, group=self.averaging.group)
 
     def _accumulate(self, key: int, shard: Tensor) -> None:
         total = self.shards.get(key)

@@ -129,6 +129,17 @@ class ParameterShards:
         return self.rank * self.parts[index]
 
 
+def flatten(layout: FlatShards, params: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Move the parameters of one unit into one new buffer, of which they become views."""
+    flat = torch.empty(layout.numel, dtype=dtype, device=device)
+    layout.clear_padding(flat)
+    for index, param in enumerate(params):
+        place = layout.view(flat, index).view(param.shape)
+        place.copy_(param.data)
+        param.data = place
+    return flat
+
+
 def empty_buffer(layout: ShardLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer for one unit's gradients; every place is written before it is read."""
     return torch.empty(layout.numel, dtype=dtype, device=device)

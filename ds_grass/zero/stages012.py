@@ -27,7 +27,7 @@ from ds_grass.zero.core import Job
 from ds_grass.zero.fragments import link
 from ds_grass.zero.host import HostOptimizer
 from ds_grass.zero.reducer import Averaging
-from ds_grass.zero.shards import FlatShards
+from ds_grass.zero.shards import FlatShards, flatten
 
 
 class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
@@ -117,14 +117,7 @@ class GrassZeroOptimizer(HostOptimizer, ZeROOptimizer):
 
     def _flatten(self, unit: Unit) -> Tensor:
         """Move the unit's weights into one buffer, one unit at a time: the peak is one unit, not the model."""
-        layout = self.layouts[unit.key]
-        flat = torch.empty(layout.numel, dtype=unit.dtype, device=self.device)
-        layout.clear_padding(flat)
-        for index, param in enumerate(unit.params):
-            place = layout.view(flat, index).view(param.shape)
-            place.copy_(param.data)
-            param.data = place
-        return flat
+        return flatten(self.layouts[unit.key], unit.params, unit.dtype, self.device)
 
     def _own(self, key: int) -> Tensor:
         layout = self.layouts[key]

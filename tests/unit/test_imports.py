@@ -64,6 +64,7 @@ ORDER = """
     ds_grass.zero.compat
     ds_grass.zero.placement
     ds_grass.zero.shards
+    ds_grass.zero.stores
     ds_grass.zero.reducer
     ds_grass.zero.journal
     ds_grass.zero.together
@@ -92,6 +93,20 @@ ORDER = """
     ds_grass.report.axes
     ds_grass.report.figures
     ds_grass.report
+
+    ds_grass.plan.sizes
+    ds_grass.plan.ledger
+    ds_grass.plan.job
+    ds_grass.plan.model
+    ds_grass.plan.kernels
+    ds_grass.plan.gathering
+    ds_grass.plan.reduction
+    ds_grass.plan.replay
+    ds_grass.plan.budget
+    ds_grass.plan.advice
+    ds_grass.plan
+    ds_grass.plan.table
+    ds_grass.plan.picture
     ds_grass.cli
 
     megatron_ext.mpu
