@@ -170,6 +170,8 @@ RULES: tuple[Rule, ...] = (
             ("checkpoint.use_node_local_storage", is_on, "save to shared storage"),
             ("nebula.enabled", is_on, 'remove "nebula"'),
             ("datastates_ckpt", is_present, 'remove "datastates_ckpt"'),
+            ("checkpoint.checkpoint_serialization", is_off, "set it to true"),
+            ("zero_optimization.pipeline_loading_checkpoint", is_on, "set it to false"),
         )
     ),
     Rule("sparse_gradients", is_on, "grass reduces gradients dense", 'remove "sparse_gradients"'),

@@ -187,9 +187,26 @@ def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) ->
     object.__setattr__(engine, "_configure_zero_optimizer", configure)
     guard_loading(engine, module)
     guard_saving(engine, module.DeepSpeedEngine)
+    _keep_resting_weights(engine, module.DeepSpeedEngine)
     step_hooks.watch(engine)
     # DeepSpeed sends bf16 weights with fp32 accumulation at stage 1 to another optimizer; ours does both
     object.__setattr__(engine, "_do_optimizer_sanity_check", lambda optimizer: module.ZERO_OPTIMIZATION)
+
+
+def _keep_resting_weights(engine: Any, engine_class: type) -> None:
+    """`exclude_frozen_parameters` leaves out what the user froze; blocks that rest are not meant."""
+    stock = engine_class.module_state_dict
+
+    def module_state_dict(*args: Any, **kwargs: Any) -> Any:
+        if not hasattr(engine.optimizer, "core"):
+            return stock(engine, *args, **kwargs)
+        flags = engine.optimizer.thaw()
+        try:
+            return stock(engine, *args, **kwargs)
+        finally:
+            engine.optimizer.restore_flags(flags)
+
+    object.__setattr__(engine, "module_state_dict", module_state_dict)
 
 
 @contextmanager

@@ -186,6 +186,24 @@ class StateStore:
         unit.settle(self._engine)
         return HostState(*unit.saved_parts(), self.steps[key])
 
+    def reserve(self, keys: Iterable[int]) -> list[int]:
+        """Make homes for units that have none, to be restored next; returns their keys. RuntimeError, and none."""
+        made: list[int] = []
+        try:
+            for key in keys:
+                if not self.has_state(key):
+                    self._units[key].allocate_home(self._engine, self._pin_memory)
+                    made.append(key)
+        except RuntimeError:
+            self.release(made)
+            raise
+        return made
+
+    def release(self, keys: Iterable[int]) -> None:
+        """Give back homes that were reserved and not restored."""
+        for key in keys:
+            self._units[key].free_home(self._engine)
+
     def restore(
         self, key: int, master: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, step: int
     ) -> None:

@@ -12,6 +12,7 @@ device: a state dict is for saving now, the next step writes into it.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -76,9 +77,24 @@ def optimizer_state(states: Sequence[SavedState]) -> dict[int, dict]:
 
 
 def hyper_parameters(group: Mapping) -> dict:
-    """The plain values of a parameter group: learning rate, betas, what a scheduler keeps there."""
+    """The plain values of a parameter group: learning rate, betas, what a scheduler keeps there; tensors as numbers."""
     plain = (bool, int, float, str, tuple, list, type(None))
-    return {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
+    numbers = {key: _number(value) for key, value in group.items() if key != "params"}
+    return {key: value for key, value in numbers.items() if isinstance(value, plain)}
+
+
+def _number(value: object) -> object:
+    """A tensor of one element, or a number of numpy's, as Python's."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def update_group(group: dict, saved: Mapping) -> None:
+    """Take over saved values; a learning rate that is a tensor stays that tensor, which a scheduler may hold."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = value
 
 
 def param_groups(units: Sequence[Unit], groups: Sequence[Mapping]) -> list[dict]:
@@ -96,7 +112,13 @@ def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateSt
         "format": FORMAT,
         "version": ds_grass.__version__,
         "units": [
-            {"name": u.name, "block": -1 if u.block is None else u.block, "numel": u.numel} for u in units
+            {
+                "name": u.name,
+                "block": -1 if u.block is None else u.block,
+                "numel": u.numel,
+                "params": _params(u),
+            }
+            for u in units
         ],
         "groups": [hyper_parameters(group) for group in groups],
         "drawn": [u.key for u in units if store.has_state(u.key)],
@@ -105,6 +127,12 @@ def grass_state(units: Sequence[Unit], groups: Sequence[Mapping], store: StateSt
         "controller": controller.state_dict(),
         "counters": dict(counters),
     }
+
+
+def _params(unit: Unit) -> list[list]:
+    """Name and unsharded shape of each parameter, in the order in which they lie in the unit."""
+    shapes = (getattr(param, "ds_shape", param.shape) for param in unit.params)
+    return [[name, list(shape)] for name, shape in zip(unit.names, shapes, strict=True)]
 
 
 def check(optimizer: Mapping, units: Sequence[Unit], groups: Sequence[Mapping], where: str) -> Mapping:
@@ -128,6 +156,13 @@ def check(optimizer: Mapping, units: Sequence[Unit], groups: Sequence[Mapping], 
                 f"{where} is of another model or grouping: unit {at} is {there or 'missing'} there and "
                 f"{here or 'missing'} here; load it with the model and the parameter groups that saved it"
             )
+    for unit, saved in zip(units, state["units"], strict=True):
+        for here, there in zip_longest(_params(unit), saved["params"]):
+            if here != there:
+                raise ValueError(
+                    f"{where} is of another model: in {unit.name} it has {there or 'nothing'} where this one has "
+                    f"{here or 'nothing'}; load it with the model that saved it"
+                )
     check_groups(state["groups"], groups, where)
     return state
 
@@ -161,6 +196,11 @@ class Shards(Protocol):
 def steps_of(state: Mapping) -> dict[int, int]:
     """Adam steps by unit key, of the units that had a state. `state`: the "grass" part."""
     return {key: int(state["steps"][key]) for key in state["drawn"]}
+
+
+def load_mapped(path: str) -> dict:
+    """One of DeepSpeed's files; tensors stay on the disk until they are copied from, where the format allows."""
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))
 
 
 def padded(tensor: Tensor, numel: int) -> Tensor:

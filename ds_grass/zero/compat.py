@@ -27,6 +27,7 @@ NEEDED = {
         "DeepSpeedEngine.is_gradient_accumulation_boundary",
         "DeepSpeedEngine.no_sync",
         "DeepSpeedEngine.load_checkpoint",
+        "DeepSpeedEngine.module_state_dict",
         "DeepSpeedEngine.save_checkpoint",
         "DeepSpeedZeroOptimizer",
         "get_fp32_state_dict_from_zero_checkpoint",

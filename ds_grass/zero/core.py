@@ -126,6 +126,11 @@ class GrassCore:
         """Whether a gradient goes as soon as it is reduced and measured."""
         return self.probing and not self.controller.probes_in_turns
 
+    @property
+    def is_within_step(self) -> bool:
+        """Whether gradients of a step that has not been made are held."""
+        return bool(self.reducer.holds_gradients or self._squares)
+
     def active_units(self) -> list[Unit]:
         """Units whose gradients are wanted now, in the fixed order. While probing, outer parameters rest."""
         active = set(self.controller.active)
@@ -187,6 +192,11 @@ class GrassCore:
         `scale_may_fall`: a dynamic scaler is still above its floor, so that any number of skips is ordinary.
         """
         self.journal.begin_step()
+        if not (self.reducer.shards or self._squares):
+            raise RuntimeError(
+                "grass: engine.step() without gradients: there was no backward pass since the last step, or since a "
+                "checkpoint was loaded"
+            )
         with self.measuring_time:
             squares = self._global_squares()
         if squares is None:

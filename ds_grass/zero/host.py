@@ -7,7 +7,7 @@ moves only on a real overflow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from ds_grass.zero import checkpoint
 from ds_grass.zero.announce import announce
 from ds_grass.zero.core import GrassCore
 from ds_grass.zero.shards import ShardLayout
+from ds_grass.zero.together import attempt, together
 from ds_grass.zero.universal import UniversalFolder
 
 
@@ -134,12 +135,23 @@ class HostOptimizer:
 
     def checkpoint_event_prologue(self) -> None:
         """DeepSpeed writes frozen parameters apart; ours are all managed, whether they train now or not."""
-        for unit in self.units:
-            for param in unit.params:
-                param.requires_grad_(True)
+        self.thaw()
 
     def checkpoint_event_epilogue(self) -> None:
         self.freeze_again()
+
+    def thaw(self) -> list[bool]:
+        """Let every managed parameter require a gradient, and return what did before, for `restore_flags`."""
+        params = [param for unit in self.units for param in unit.params]
+        flags = [param.requires_grad for param in params]
+        for param in params:
+            param.requires_grad_(True)
+        return flags
+
+    def restore_flags(self, flags: Sequence[bool]) -> None:
+        params = (param for unit in self.units for param in unit.params)
+        for param, flag in zip(params, flags, strict=True):
+            param.requires_grad_(flag)
 
     def freeze_again(self) -> None:
         """After DeepSpeed has written or read: what does not train is frozen."""
@@ -179,6 +191,7 @@ class HostOptimizer:
 
     def _load_units(self, shards: checkpoint.Shards, steps: Mapping[int, int]) -> None:
         """Weights of all units, states of those with `steps`; the others were never drawn. `switch` comes after."""
+        self._reserve_together(steps)
         self.core.store.activate([])
         for unit in self.units:
             key, own = unit.key, self.shards[unit.key]
@@ -196,19 +209,28 @@ class HostOptimizer:
             )
         self._finish_loading()
 
+    def _reserve_together(self, keys: Iterable[int]) -> None:
+        """Host memory for what will be loaded is there on all ranks, or none changes anything."""
+        made, error = attempt(lambda: self.core.store.reserve(keys))
+        try:
+            together(None, error)
+        except RuntimeError:
+            self.core.store.release(made or ())
+            raise
+
     def _finish_loading(self) -> None:
         """Hook: own weight shards were written; everybody who holds the whole weight must see it."""
 
     def _restore_sampling(self, grass: Mapping) -> None:
         for group, saved in zip(self.param_groups, grass["groups"], strict=True):
-            group.update(saved)
+            checkpoint.update_group(group, saved)
         self.core.controller.load_state_dict(grass["controller"])
         self.core.reducer.counters.update(grass["counters"])
         self.core.journal.resume(grass.get("log"))  # absent in older files
 
     def check_checkpoint(self, path: str) -> None:
         """Raise ValueError for another job's file, of which only the small values are read; nothing has changed."""
-        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        state = checkpoint.load_mapped(path)
         self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
 
     def _checked(self, state: Mapping, load_optimizer_states: bool) -> Mapping:
@@ -224,7 +246,7 @@ class HostOptimizer:
     def check_universal(self, folder: str, load_optimizer_states: bool) -> None:
         """Raise ValueError for a universal checkpoint that is damaged or another job's; nothing has changed."""
         found, where = UniversalFolder(folder), f"checkpoint {folder}"
-        found.check(self.units, (dist.get_rank(), dist.get_world_size()))
+        found.check_sizes(self.units)
         if not load_optimizer_states:
             return
         grass = found.shared.get(checkpoint.KEY)
@@ -234,8 +256,12 @@ class HostOptimizer:
             checkpoint.check(found.shared, self.units, self.param_groups, where)
             self.core.controller.check_state(grass["controller"])
 
+    loads_states = True
+    """False while weights alone are loaded of a universal checkpoint, which DeepSpeed cannot ask for at stage 3."""
+
     def _load_universal(self, found: UniversalFolder, load_optimizer_states: bool) -> None:
         """From any number of ranks and any stage; one of plain AdamW brings states for every block and no sampling."""
+        load_optimizer_states = load_optimizer_states and self.loads_states
         grass = found.shared.get(checkpoint.KEY)
         self._restore_loss_scale(found.shared)
         steps = found.steps(self.units) if grass is None else checkpoint.steps_of(grass)
@@ -245,7 +271,7 @@ class HostOptimizer:
         elif load_optimizer_states:
             for group, saved in zip(self.param_groups, found.shared["param_groups"], strict=True):
                 plain = checkpoint.hyper_parameters(saved)
-                group.update({key: value for key, value in plain.items() if key in group})
+                checkpoint.update_group(group, {key: value for key, value in plain.items() if key in group})
         self.core.switch()
 
     def _universal_tensor(self, found: UniversalFolder, unit: Unit, what: str) -> Tensor:
@@ -255,7 +281,12 @@ class HostOptimizer:
         """After a universal load DeepSpeed asks for weights from masters; `_load` has written them."""
 
     def _restore_loss_scale(self, state: Mapping) -> None:
-        self.loss_scaler = state.get("loss_scaler", self.loss_scaler)
+        saved = state.get("loss_scaler", self.loss_scaler)
+        if type(saved) is not type(
+            self.loss_scaler
+        ):  # of a job in another precision; ours stays as ds_config says
+            return
+        self.loss_scaler = saved
         self.dynamic_loss_scale = state.get("dynamic_loss_scale", self.dynamic_loss_scale)
         self.overflow = state.get("overflow", self.overflow)
 

@@ -119,6 +119,11 @@ class GradientReducer:
         return tuple(self._order)
 
     @property
+    def holds_gradients(self) -> bool:
+        """Whether any gradient came since the last step."""
+        return bool(self.shards or self._filling)
+
+    @property
     def late_units(self) -> tuple[int, ...]:
         """Active units of which a gradient came on this rank after they had been reduced."""
         return tuple(key for key in self._order if key in self._late)

@@ -7,6 +7,7 @@ itself leaves the others in a collective until its timeout.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -32,6 +33,17 @@ def together(value: Any = None, error: Exception | None = None) -> list[Any]:
     if failures:
         raise _KINDS[failures[0][1]](_summary(failures)) from error
     return [value for value, _ in everyone]
+
+
+def attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `work` returns, or what it raises, for `together` to raise on all ranks.
+
+    Whatever that is: a rank that ends by itself leaves the others waiting, and pickling runs the script's own code.
+    """
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def rank() -> int:

@@ -21,7 +21,7 @@ from tests.distributed.harness import Context
 from tests.distributed.registry import Case, case
 
 RANKS = 2
-TOTAL_STEPS, SAVE_EVERY = 33, 3
+TOTAL_STEPS, SAVE_EVERY = 39, 3
 SURVIVORS_HAVE_SECONDS = 60
 """More than the time limit of a collective in the harness."""
 
@@ -93,9 +93,12 @@ PHASES = {
     "the next set is drawn": _of("ds_grass.sampler", "Sampler", "draw"),
     "states change places": _of("ds_grass.state_store", "StateStore", "activate"),
     "a file is written": _of("ds_grass.durable_files", "ChecksumWriter", "write"),
-    "the manifest is written": _of("ds_grass.zero.saving", "Place", "finish"),
-    "the folder gets its name": _of("ds_grass.zero.saving", "", "sync_folder"),
-    "latest is replaced": _of("ds_grass.zero.saving", "", "_tell"),
+    "the manifest is written": _of("ds_grass.zero.saving", "", "write_text"),
+    "the older one is put aside": _of("ds_grass.zero.saving", "Place", "put_aside"),
+    "the new one takes the name": _of("ds_grass.zero.saving", "Place", "take_the_name"),
+    "latest is replaced": _of("ds_grass.zero.saving", "Place", "name_latest"),
+    "the older one is removed": _of("ds_grass.zero.saving", "Place", "clear"),
+    "the save is told": _of("ds_grass.zero.saving", "", "_tell"),
 }
 
 
@@ -164,4 +167,10 @@ def killed_in_every_phase_a_run_ends_with_the_same_bits(ctx: Context, stage: int
 
 
 WHILE_LOADING = ("a checkpoint is verified", "states are put back")
-ON_RANK_0 = ("the manifest is written", "the folder gets its name")
+ON_RANK_0 = (
+    "the manifest is written",
+    "the older one is put aside",
+    "the new one takes the name",
+    "latest is replaced",
+    "the older one is removed",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import jobs
 from tests.distributed.harness import Context
@@ -22,13 +24,32 @@ MANIFEST = "grass_manifest.json"
 
 
 def fingerprint(engine: Any) -> tuple:
-    """Everything a load could change, cheaply comparable."""
-    weights = tuple(float(weight.double().sum()) for weight in jobs.weights(engine).values())
+    """Everything a load could change, in a form that `==` compares."""
+    weights, masters = (_digest(tensors) for tensors in (jobs.weights(engine), jobs.masters(engine)))
     grass = jobs.controller(engine)
     flags = tuple(param.requires_grad for param in engine.module.parameters())
     steps = (engine.global_steps, engine.skipped_steps, engine.global_samples)
     rates = tuple(group["lr"] for group in engine.optimizer.param_groups)
-    return weights, grass.phase, tuple(grass.active), tuple(grass.counters.items()), flags, steps, rates
+    schedule = repr(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else ""
+    return (
+        weights,
+        masters,
+        schedule,
+        float(engine.optimizer.loss_scale),
+        grass.phase,
+        tuple(grass.active),
+        tuple(grass.counters.items()),
+        flags,
+        steps,
+        rates,
+    )
+
+
+def _digest(tensors: dict) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def barrier() -> None:
@@ -83,13 +104,19 @@ def a_full_disk_on_one_rank_fails_the_save_on_all_and_spoils_nothing(
     return str(error.value)
 
 
+class _Stubborn:
+    def __getstate__(self) -> dict:
+        raise KeyError("the script's own error")
+
+
 @case(ranks=(1, 2), strength=1, stage=(1, 3))
 def what_cannot_be_pickled_on_rank_0_fails_the_save_on_all(ctx: Context, stage: int) -> None:
     """Only rank 0 writes the client state; the others must not wait for it."""
     job = jobs.Job(stage=stage)
     with jobs.engine_of(job) as engine:
-        with pytest.raises(RuntimeError, match="was not saved"):
-            engine.save_checkpoint(str(ctx.folder / "saved"), client_state={"note": lambda: None})
+        for note in (lambda: None, _Stubborn()):
+            with pytest.raises(RuntimeError, match="was not saved"):
+                engine.save_checkpoint(str(ctx.folder / "saved"), client_state={"note": note})
         engine.save_checkpoint(str(ctx.folder / "saved"), client_state={"note": 1})
 
 

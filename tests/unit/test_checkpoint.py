@@ -18,7 +18,10 @@ UNITS = (unit(0, "blocks.0", 4), unit(1, "blocks.1", 6))
 GROUPS = [{"params": [], "lr": 0.1}]
 SAVED = {
     "format": checkpoint.FORMAT,
-    "units": [{"name": "blocks.0", "numel": 4}, {"name": "blocks.1", "numel": 6}],
+    "units": [
+        {"name": "blocks.0", "numel": 4, "params": [["blocks.0.w", [4]]]},
+        {"name": "blocks.1", "numel": 6, "params": [["blocks.1.w", [6]]]},
+    ],
     "groups": [{"lr": 0.2}],
     "drawn": [1],
     "steps": [0, 5],
@@ -36,6 +39,10 @@ def test_the_same_units_are_accepted():
         (
             SAVED | {"format": 9, "version": "7.1"},
             "has grass format 9 and this ds_grass reads 2; load it with ds_grass 7.1",
+        ),
+        (
+            SAVED | {"units": [{**SAVED["units"][0], "params": [["blocks.0.v", [4]]]}, SAVED["units"][1]]},
+            r"in blocks.0 it has \['blocks.0.v', \[4\]\] where this one has \['blocks.0.w', \[4\]\]",
         ),
         (SAVED | {"groups": []}, "has 0 parameter groups and this job 1"),
         (SAVED | {"units": SAVED["units"][:1]}, "unit 1 is missing there"),
@@ -77,5 +84,19 @@ def test_padded_adds_zeros_behind():
 
 
 def test_hyper_parameters_are_plain_values_only():
-    group = {"params": [1], "lr": 0.1, "betas": (0.9, 0.99), "fused": None, "tensor": torch.ones(1)}
-    assert checkpoint.hyper_parameters(group) == {"lr": 0.1, "betas": (0.9, 0.99), "fused": None}
+    group = {
+        "params": [1],
+        "lr": torch.tensor(0.5),
+        "betas": (0.9, 0.99),
+        "fused": None,
+        "tensor": torch.ones(2),
+    }
+    assert checkpoint.hyper_parameters(group) == {"lr": 0.5, "betas": (0.9, 0.99), "fused": None}
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor():
+    rate = torch.tensor(0.5)
+    group = {"lr": rate, "weight_decay": 0.1}
+    checkpoint.update_group(group, {"lr": 0.25, "weight_decay": 0.2})
+    assert group == {"lr": rate, "weight_decay": 0.2}
+    assert rate.item() == 0.25

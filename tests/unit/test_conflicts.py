@@ -20,6 +20,8 @@ CONFLICTS = [
     ("checkpoint.writer", {"type": "STANDARD"}, {}, {}),
     ("checkpoint.use_node_local_storage", True, {}, {}),
     ("nebula.enabled", True, {}, {}),
+    ("checkpoint.checkpoint_serialization", False, {}, {}),
+    ("zero_optimization.pipeline_loading_checkpoint", True, {"zero_optimization": {"stage": 3}}, {}),
     ("datastates_ckpt", {"host_cache_size": 16}, {}, {}),
     ("zero_optimization.stage", 4, {}, {}),
     ("zero_optimization.stage", -1, {}, {}),
