@@ -62,20 +62,27 @@ def case(
     *,
     ranks: Iterable[int] = (2,),
     strength: int = 2,
+    thorough: int | None = None,
     slow: bool = False,
     alone: bool = False,
     timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS,
     environment: Sequence[Mapping[str, str]] = (),
     **factors: Sequence[Any],
 ) -> Callable[[Callable], Callable]:
-    """Register every cell of `ranks` x `factors`; the quick run takes a `covering` subset, the slow run all of them."""
+    """Register every cell of `ranks` x `factors`; the quick run takes a `covering` subset, the slow run all of them.
+
+    `thorough`: the slow run takes a `covering` subset too, of this strength, where the whole product takes too long.
+    """
 
     def register(function: Callable) -> Callable:
         product = {"ranks": list(ranks), **{name: list(values) for name, values in factors.items()}}
         names = list(product)
         quick = covering(product, strength)
+        chosen = None if thorough is None else covering(product, thorough) + quick
         for values in itertools.product(*product.values()):
             cell = dict(zip(names, values, strict=True))
+            if chosen is not None and cell not in chosen:
+                continue
             label = "-".join(f"{name}={_label(value)}" for name, value in cell.items())
             kwargs = {name: value for name, value in cell.items() if name != "ranks"}
             CASES.append(
