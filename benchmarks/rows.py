@@ -15,12 +15,12 @@ import torch
 
 
 def new_row(script: str, arguments: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
-    """A row without results. The command leaves out where the row is written to."""
+    """A row without results. The command leaves out where files are written to."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
-        "command": " ".join([f"python benchmarks/{script}", *without_json(arguments)]),
+        "command": " ".join([f"python benchmarks/{script}", *without_paths(arguments)]),
     }
 
 
@@ -29,12 +29,16 @@ def append(file: str, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def without_json(arguments: Sequence[str]) -> list[str]:
+PATHS = ("--json", "--folder")
+"""Options that say where this machine keeps things."""
+
+
+def without_paths(arguments: Sequence[str]) -> list[str]:
     kept, skip_next = [], False
     for argument in arguments:
-        if not skip_next and not argument.startswith("--json"):
+        if not skip_next and not argument.startswith(PATHS):
             kept.append(argument)
-        skip_next = argument == "--json"
+        skip_next = argument in PATHS
     return kept
 
 
