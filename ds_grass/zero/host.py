@@ -7,7 +7,7 @@ moves only on a real overflow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,6 @@ from ds_grass.zero import checkpoint
 from ds_grass.zero.announce import announce
 from ds_grass.zero.core import GrassCore
 from ds_grass.zero.shards import ShardLayout
-from ds_grass.zero.together import attempt, together
 from ds_grass.zero.universal import UniversalFolder
 
 
@@ -35,6 +34,8 @@ class HostOptimizer:
         """Take the controller's first active set."""
         self.overflow = self.core.probing
         self._global_grad_norm = 0.0
+        self._steps_to_load: Mapping[int, int] = {}
+        self._reserved: list[int] = []
         self.core.switch()
         announce(self.core)
 
@@ -191,7 +192,6 @@ class HostOptimizer:
 
     def _load_units(self, shards: checkpoint.Shards, steps: Mapping[int, int]) -> None:
         """Weights of all units, states of those with `steps`; the others were never drawn. `switch` comes after."""
-        self._reserve_together(steps)
         self.core.store.activate([])
         for unit in self.units:
             key, own = unit.key, self.shards[unit.key]
@@ -207,16 +207,17 @@ class HostOptimizer:
                 checkpoint.padded(shards(unit, "exp_avg_sq"), own.numel()),
                 steps[key],
             )
+        self._reserved = []
         self._finish_loading()
 
-    def _reserve_together(self, keys: Iterable[int]) -> None:
-        """Host memory for what will be loaded is there on all ranks, or none changes anything."""
-        made, error = attempt(lambda: self.core.store.reserve(keys))
-        try:
-            together(None, error)
-        except RuntimeError:
-            self.core.store.release(made or ())
-            raise
+    def reserve(self) -> None:
+        """Make host memory for what the checked checkpoint holds; RuntimeError, and nothing changed, without it."""
+        self._reserved = self.core.store.reserve(self._steps_to_load)
+
+    def release_reserved(self) -> None:
+        """Give back what was reserved for a load that did not come about."""
+        self.core.store.release(self._reserved)
+        self._reserved = []
 
     def _finish_loading(self) -> None:
         """Hook: own weight shards were written; everybody who holds the whole weight must see it."""
@@ -231,7 +232,8 @@ class HostOptimizer:
     def check_checkpoint(self, path: str) -> None:
         """Raise ValueError for another job's file, of which only the small values are read; nothing has changed."""
         state = checkpoint.load_mapped(path)
-        self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
+        grass = self._checked(state["optimizer_state_dict"], load_optimizer_states=True)
+        self._steps_to_load = checkpoint.steps_of(grass)
 
     def _checked(self, state: Mapping, load_optimizer_states: bool) -> Mapping:
         """The "grass" part of a checkpoint that this job can continue from; ValueError if it cannot."""
@@ -250,6 +252,7 @@ class HostOptimizer:
         if not load_optimizer_states:
             return
         grass = found.shared.get(checkpoint.KEY)
+        self._steps_to_load = found.steps(self.units) if grass is None else checkpoint.steps_of(grass)
         if grass is None:
             checkpoint.check_groups(found.shared["param_groups"], self.param_groups, where)
         else:

@@ -57,6 +57,7 @@ def guard_loading(engine: Any, module: ModuleType) -> None:
                     _restore_unmanaged(engine, UniversalFolder(Path(asked["load_dir"]) / asked["tag"]))
             return result
         finally:
+            engine.optimizer.release_reserved()
             engine.optimizer.freeze_again()  # DeepSpeed calls no epilogue when a load raises
 
     object.__setattr__(engine, "load_checkpoint", load_checkpoint)
@@ -90,6 +91,8 @@ def _examined_tag(
             checks.append(lambda: _check_weights(engine, load_dir, tag))
     for check in checks:  # each only after the one before it has passed on all ranks
         together(None, _as_users(attempt(check)[1]))
+    if wants_states:
+        together(None, attempt(engine.optimizer.reserve)[1])
     return tag
 
 

@@ -37,11 +37,20 @@ class Batches:
         if self._thread.ident is None:
             self._thread.start()
         if case.id in self._finished:
+            while not self._finished[case.id].is_set() and (left := self._not_run()):
+                self._run_from(left[0])
             self._finished[case.id].wait()
         elif case.id not in self._results:
-            left = [c for c in self._cases if c.world_size == case.world_size and c.id not in self._results]
-            self._run(left[left.index(case) :][:CASES_AT_ONCE])
+            self._run_from(case)
         return self._results[case.id]
+
+    def _not_run(self) -> list[Case]:
+        return [case for case in self._cases if case.id not in self._results]
+
+    def _run_from(self, case: Case) -> None:
+        """Run `case` and those that follow it on as many ranks."""
+        left = [other for other in self._not_run() if other.world_size == case.world_size]
+        self._run(left[left.index(case) :][:CASES_AT_ONCE])
 
     def stop(self) -> None:
         """End what still runs."""
