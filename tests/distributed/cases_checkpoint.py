@@ -18,6 +18,7 @@ TOTAL_STEPS = 11
 
 @case(
     ranks=(1, 2),
+    strength=1,
     stage=(0, 1, 2, 3),
     dtype=("fp32", "bf16"),
     accumulation=(1, 2),

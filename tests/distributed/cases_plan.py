@@ -122,6 +122,7 @@ def over(found: Iterable[float]) -> bool:
 
 @case(
     ranks=(1, 2),
+    strength=1,
     thorough=3,
     model=tuple(MODELS),
     stage=(1, 2, 3),

@@ -69,7 +69,7 @@ def small_files_only(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@case(ranks=(1, 2), strength=2, stage=(1, 2, 3), again=(True, False))
+@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), again=(True, False))
 def a_full_disk_on_one_rank_fails_the_save_on_all_and_spoils_nothing(
     ctx: Context, stage: int, again: bool
 ) -> str:
