@@ -281,14 +281,12 @@ class HostOptimizer:
         return found.shard(unit, self.layouts[unit.key], what)
 
     def update_lp_params(self) -> None:
-        """After a universal load DeepSpeed asks for weights from masters; `_load` has written them."""
+        """After a universal load DeepSpeed asks for weights from masters; `_load_units` has written them."""
 
     def _restore_loss_scale(self, state: Mapping) -> None:
         saved = state.get("loss_scaler", self.loss_scaler)
-        if type(saved) is not type(
-            self.loss_scaler
-        ):  # of a job in another precision; ours stays as ds_config says
-            return
+        if type(saved) is not type(self.loss_scaler):
+            return  # of a job in another precision; ours stays as ds_config says
         self.loss_scaler = saved
         self.dynamic_loss_scale = state.get("dynamic_loss_scale", self.dynamic_loss_scale)
         self.overflow = state.get("overflow", self.overflow)

@@ -170,8 +170,7 @@ class Place:
 
 def _foreign(folder: Path) -> list[Path]:
     """What is in a checkpoint's folder and was not saved by DeepSpeed: a tokenizer, say."""
-    _, error = attempt(lambda: manifest.read(folder))
-    found = None if error is not None else manifest.read(folder)
+    found, _ = attempt(lambda: manifest.read(folder))  # a damaged one tells as little as none
     ours = {manifest.NAME} | (set(found.files) if found is not None else set())
     return [p for p in folder.iterdir() if p.name not in ours and not p.name.endswith("_states.pt")]
 
