@@ -1,22 +1,25 @@
 // The maths of grass::adamw_, element by element.
 //
-// The specification is the PyTorch kernel in ds_grass/ops.py: same operations, same order, one IEEE rounding each, so
-// that all kernels agree bit for bit (NaN payloads aside). Compile with -ffp-contract=off and without -ffast-math.
-// Not covered: memory, threads, dispatch.
+// The specification is the PyTorch kernel in ds_grass/ops/adamw.py: same operations, same order, one IEEE rounding each, so
+// that all kernels agree bit for bit (NaN payloads aside). Compile with -ffp-contract=off (nvcc: --fmad=false)
+// and without -ffast-math.
+// Not covered: memory, threads, instruction sets.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-// Inlined wherever it is called, so that a caller compiled for a wider instruction set vectorises it.
-#define GRASS_INLINE inline __attribute__((always_inline))
+#include <type_traits>
+
+#include "formats.h"
+#include "portable.h"
+#include "random.h"
 
 namespace grass {
 
 // What one step needs besides the element itself. Computed in double, rounded to fp32 once.
 struct AdamWStep {
-  float grad_scale;  // inv_scale, negated to maximize (exact)
+  float grad_scale;  // 1, or -1 to maximize; each kernel multiplies it by inv_scale where that is (exact)
   float decay;       // 1 - lr * weight_decay when decoupled, else 1 (exact)
   float l2;          // weight_decay when not decoupled
   bool uses_l2;
@@ -27,11 +30,11 @@ struct AdamWStep {
   float eps;
 };
 
-inline AdamWStep make_adamw_step(float inv_scale, double lr, double beta1, double beta2, double eps,
-                                 double weight_decay, int64_t step, bool decoupled, bool maximize) {
+inline AdamWStep make_adamw_step(double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step,
+                                 bool decoupled, bool maximize) {
   const double steps = static_cast<double>(step);
   AdamWStep s;
-  s.grad_scale = maximize ? -inv_scale : inv_scale;
+  s.grad_scale = maximize ? -1.0f : 1.0f;
   s.decay = decoupled ? static_cast<float>(1.0 - lr * weight_decay) : 1.0f;
   s.l2 = static_cast<float>(weight_decay);
   s.uses_l2 = !decoupled && weight_decay != 0.0;
@@ -57,57 +60,72 @@ GRASS_INLINE void adamw_update(float& weight, float& exp_avg, float& exp_avg_sq,
   weight = w - (exp_avg * s.step_size) / denominator;
 }
 
-// -- bf16 as the upper half of fp32 --------------------------------------------------------------------------------
+// Where a shard's tensors lie. `seed`, `step` and `offset` are those of the random bits.
+struct AdamWShard {
+  void* param;
+  float* master;  // null without master weights
+  void* exp_avg;
+  void* exp_avg_sq;
+  const void* grad;
+  int64_t seed, step, offset;
+};
 
-GRASS_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
+// The formats of one call.
+template <bool kMaster_, typename Param_, typename Moment_, typename Grad_>
+struct AdamWFormats {
+  static constexpr bool kMaster = kMaster_;
+  static constexpr bool kRoundsWeight = !kMaster && !std::is_same_v<Param_, Fp32>;  // stochastically
+  using Param = Param_;
+  using Moment = Moment_;
+  using Grad = Grad_;
+};
+
+// One element as it is stored. `index` and `key` are those of its random bits: 16 for the weight and 16 for exp_avg_sq.
+// Without a master, `master` is neither read nor written.
+template <bool kL2, typename Formats>
+GRASS_INLINE void adamw_update_stored(typename Formats::Param::Stored& param, float& master,
+                                      typename Formats::Moment::Stored& exp_avg,
+                                      typename Formats::Moment::Stored& exp_avg_sq,
+                                      typename Formats::Grad::Stored grad, uint32_t index, uint32_t key,
+                                      const AdamWStep& s) {
+  using Param = typename Formats::Param;
+  using Moment = typename Formats::Moment;
+  float weight = Formats::kMaster ? master : Param::load(param);
+  float m = Moment::load(exp_avg);
+  float v = Moment::load(exp_avg_sq);
+  adamw_update<kL2>(weight, m, v, Formats::Grad::load(grad), s);
+  const uint32_t random = hash32(index ^ key);  // dead code where unused
+  exp_avg = Moment::round(m);
+  exp_avg_sq = Moment::round_stochastic(v, random & 0xffffu);
+  if constexpr (Formats::kMaster) master = weight;
+  if constexpr (Formats::kRoundsWeight) {
+    param = Param::round_stochastic(weight, random >> 16);
+  } else {
+    param = Param::round(weight);
+  }
 }
 
-GRASS_INLINE float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+// Calls `visit(AdamWFormats<...>{})` for the formats of a call; what the checks refuse is never visited.
+template <bool kMaster, typename Param, typename Moment, typename Visitor>
+auto visit_grad(Format grad, const Visitor& visit) {
+  if (grad == Format::kFp32) return visit(AdamWFormats<kMaster, Param, Moment, Fp32>{});
+  if (grad == Format::kFp16) return visit(AdamWFormats<kMaster, Param, Moment, Fp16>{});
+  return visit(AdamWFormats<kMaster, Param, Moment, Bf16>{});
 }
 
-GRASS_INLINE float bf16_to_float(uint16_t stored) { return float_of(static_cast<uint32_t>(stored) << 16); }
-
-// Adds `increment` (below 2^16) to the discarded half and truncates; infinities and exact values stay. The select is in
-// 32 bits, like its condition, because compilers do not vectorise one of mixed widths.
-GRASS_INLINE uint16_t bf16_truncate_after(float value, uint32_t increment) {
-  const uint32_t bits = bits_of(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t rounded = is_nan ? 0x7fc00000u : bits + increment;
-  return static_cast<uint16_t>(rounded >> 16);
+template <bool kMaster, typename Param, typename Visitor>
+auto visit_moment(Format moment, Format grad, const Visitor& visit) {
+  if (moment == Format::kFp32) return visit_grad<kMaster, Param, Fp32>(grad, visit);
+  return visit_grad<kMaster, Param, Bf16>(grad, visit);
 }
 
-GRASS_INLINE uint16_t bf16_round_nearest_even(float value) {
-  return bf16_truncate_after(value, 0x7fffu + ((bits_of(value) >> 16) & 1u));
+template <typename Visitor>
+auto visit_formats(bool master, Format param, Format moment, Format grad, const Visitor& visit) {
+  if (!master && param == Format::kFp32) return visit_moment<false, Fp32>(moment, grad, visit);
+  if (!master) return visit_moment<false, Bf16>(moment, grad, visit);
+  if (param == Format::kFp32) return visit_moment<true, Fp32>(moment, grad, visit);
+  if (param == Format::kFp16) return visit_moment<true, Fp16>(moment, grad, visit);
+  return visit_moment<true, Bf16>(moment, grad, visit);
 }
-
-// -- counter-based randomness --------------------------------------------------------------------------------------
-
-// The two-round permutation [16 21f0aaad 15 d35a2d97 15] found by TheIronBorn with the hash prospector, avalanche
-// bias 0.1076 (https://github.com/skeeto/hash-prospector, "Two round functions", public domain).
-GRASS_INLINE uint32_t hash32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x21f0aaadu;
-  x ^= x >> 15;
-  x *= 0xd35a2d97u;
-  x ^= x >> 15;
-  return x;
-}
-
-// One key for each (seed, step, page), a page being 2^32 elements. The odd constant keeps zero from mapping to zero.
-inline uint32_t random_key(uint64_t seed, uint64_t step, uint64_t page) {
-  const uint64_t words[] = {seed, seed >> 32, step, step >> 32, page};
-  uint32_t key = 0;
-  for (const uint64_t word : words) key = hash32((key ^ static_cast<uint32_t>(word)) + 0x9e3779b9u);
-  return key;
-}
-
-// Unbiased: rounds away from zero with a probability of the discarded half over 2^16. `random` is below 2^16.
-GRASS_INLINE uint16_t bf16_round_stochastic(float value, uint32_t random) { return bf16_truncate_after(value, random); }
 
 }  // namespace grass

@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from ds_grass import ops
+
 Ticket = torch.cuda.Event | None
 """Passed once the work it stands for is done; None has passed already."""
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""(destination, source) of each copy; equal shapes, or a source that broadcasts."""
+"""(destination, source) of each copy: uint8 (rows, width) for transfers; see `ops.transfer_`."""
+
+Work = Callable[[], None]
+"""Enqueues copies on the current stream."""
 
 _CHUNK_NUMEL = 1 << 23  # elements; bounds the staging copy of `copy_to_host` to 32 MiB
 
@@ -97,14 +102,17 @@ class CopyEngine:
 
     def fetch(self, buffer: DeviceBuffer, pairs: Pairs, after: Ticket) -> Ticket:
         """Copy from the host into `buffer` once it is idle and `after` has passed. Does not block."""
-        buffer.ready = self._copy_in(pairs, (buffer.idle, after))
+        buffer.ready = self._copy_in(lambda: _transfer(pairs), (buffer.idle, after))
         self.counters["fetches"] += 1
         self.counters["bytes_to_device"] += sum(source.nbytes for _, source in pairs)
         return buffer.ready
 
-    def fill(self, buffer: DeviceBuffer, pairs: Pairs) -> None:
-        """Copy from other device tensors, made on the current stream, into `buffer` once it is idle."""
-        buffer.ready = self._copy_in(pairs, (buffer.idle, self._mark()))
+    def fill(self, buffer: DeviceBuffer, zeros: Sequence[Tensor], copies: Pairs) -> None:
+        """Set `zeros` and make `copies`, (part, source) of equal shapes, once `buffer`, which holds both, is idle.
+
+        The sources are device tensors, any dtype, made on the current stream.
+        """
+        buffer.ready = self._copy_in(lambda: _fill(zeros, copies), (buffer.idle, self._mark()))
 
     def acquire(self, buffer: DeviceBuffer) -> None:
         """What follows on the current stream sees the buffer's contents."""
@@ -116,7 +124,7 @@ class CopyEngine:
 
     def stash(self, buffer: DeviceBuffer, pairs: Pairs) -> Ticket:
         """Copy to the host what the current stream has made of `buffer` so far. Does not block."""
-        buffer.idle = self._copy_out(pairs, (buffer.ready, self._mark()))
+        buffer.idle = self._copy_out(lambda: _transfer(pairs), (buffer.ready, self._mark()))
         self.counters["stashes"] += 1
         self.counters["bytes_to_host"] += sum(source.nbytes for _, source in pairs)
         return buffer.idle
@@ -156,12 +164,14 @@ class CopyEngine:
     def _order(self, ticket: Ticket) -> None:
         """What follows on the current stream runs after `ticket`. Does not block the host."""
 
-    def _copy_in(self, pairs: Pairs, after: Iterable[Ticket]) -> Ticket:
-        _copy(pairs)
+    def _copy_in(self, work: Work, after: Iterable[Ticket]) -> Ticket:
+        """Do the work that writes device memory, behind the tickets."""
+        work()
         return None
 
-    def _copy_out(self, pairs: Pairs, after: Iterable[Ticket]) -> Ticket:
-        _copy(pairs)
+    def _copy_out(self, work: Work, after: Iterable[Ticket]) -> Ticket:
+        """Do the work that writes host memory, behind the tickets."""
+        work()
         return None
 
 
@@ -182,9 +192,9 @@ class CudaCopyEngine(CopyEngine):
     def pin_device(self) -> torch.device | None:
         return self.device
 
-    def fill(self, buffer: DeviceBuffer, pairs: Pairs) -> None:
-        super().fill(buffer, pairs)
-        for _, source in pairs:
+    def fill(self, buffer: DeviceBuffer, zeros: Sequence[Tensor], copies: Pairs) -> None:
+        super().fill(buffer, zeros, copies)
+        for _, source in copies:
             # The caller may drop the source at once: its memory must not be reused before the inward stream
             # has read it.
             source.record_stream(self._in)
@@ -199,11 +209,11 @@ class CudaCopyEngine(CopyEngine):
         if ticket is not None:
             torch.cuda.current_stream(self.device).wait_event(ticket)
 
-    def _copy_in(self, pairs: Pairs, after: Iterable[Ticket]) -> Ticket:
-        return _enqueue(self._in, pairs, after)
+    def _copy_in(self, work: Work, after: Iterable[Ticket]) -> Ticket:
+        return _enqueue(self._in, work, after)
 
-    def _copy_out(self, pairs: Pairs, after: Iterable[Ticket]) -> Ticket:
-        return _enqueue(self._out, pairs, after)
+    def _copy_out(self, work: Work, after: Iterable[Ticket]) -> Ticket:
+        return _enqueue(self._out, work, after)
 
 
 def make_engine(device: torch.device) -> CopyEngine:
@@ -221,16 +231,23 @@ def copy_to_host(host: Tensor, source: Tensor) -> None:
         host[chunk].copy_(source[chunk].to("cpu"))
 
 
-def _enqueue(stream: torch.cuda.Stream, pairs: Pairs, after: Iterable[Ticket]) -> Ticket:
-    """Copies on `stream` behind the tickets `after`; the event says that all of them are done."""
+def _enqueue(stream: torch.cuda.Stream, work: Work, after: Iterable[Ticket]) -> Ticket:
+    """The work on `stream` behind the tickets `after`; the event says that all of it is done."""
     for ticket in after:
         if ticket is not None:
             stream.wait_event(ticket)  # the copies below start only when the ticket has passed
     with torch.cuda.stream(stream):
-        _copy(pairs, non_blocking=True)
+        work()
     return stream.record_event()
 
 
-def _copy(pairs: Pairs, non_blocking: bool = False) -> None:
+def _transfer(pairs: Pairs) -> None:
     for destination, source in pairs:
-        destination.copy_(source, non_blocking=non_blocking)
+        ops.transfer_(destination, source)
+
+
+def _fill(zeros: Sequence[Tensor], copies: Pairs) -> None:
+    for part in zeros:
+        part.zero_()
+    for part, source in copies:
+        part.copy_(source)

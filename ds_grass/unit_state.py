@@ -2,7 +2,7 @@
 
 Contract: a range holds [master | exp_avg | exp_avg_sq] of `numel` elements, each part 64-byte aligned, the
 master (float32) only where the unit has one. Host arena and device buffer have the same layout, so a whole
-unit moves in a single copy where the parts leave no gaps.
+unit moves in a single copy.
 
 Not covered: when a unit moves (`state_store`), and by what (`copy_engine`).
 """
@@ -45,10 +45,6 @@ class StateLayout:
         """Length of the range, gaps between the parts included."""
         return self._offsets()[2] + self.numel * self.moment_dtype.itemsize
 
-    @property
-    def gapless(self) -> bool:
-        return self.nbytes == self.numel * self.element_bytes
-
     def sized(self, numel: int) -> StateLayout:
         """The same parts for another number of elements."""
         return replace(self, numel=numel)
@@ -66,6 +62,19 @@ class StateLayout:
             take(exp_avg, moment_bytes).view(self.moment_dtype),
             take(exp_avg_sq, moment_bytes).view(self.moment_dtype),
         )
+
+    def row_groups(self, memory: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Elements start to stop of each part inside `memory`: parts of one dtype as rows of bytes (parts, width)."""
+        master, exp_avg, exp_avg_sq = self._offsets()
+        size = self.moment_dtype.itemsize
+        if not self.master:
+            return [_rows(memory, exp_avg + start * size, 2, exp_avg_sq - exp_avg, (stop - start) * size)]
+        if size == 4:
+            return [_rows(memory, 4 * start, 3, exp_avg_sq - exp_avg, 4 * (stop - start))]
+        return [
+            _rows(memory, master + 4 * start, 1, 0, 4 * (stop - start)),
+            _rows(memory, exp_avg + start * size, 2, exp_avg_sq - exp_avg, (stop - start) * size),
+        ]
 
     def _offsets(self) -> tuple[int, int, int]:
         exp_avg = _aligned(4 * self.numel * self.master)
@@ -124,11 +133,8 @@ class UnitState:
     def fill_first_state(self, engine: CopyEngine) -> None:
         """The device buffer becomes the state of a new unit; nothing passes through the host."""
         parts = self.device_parts()
-        zero = torch.zeros((), dtype=self.layout.moment_dtype, device=engine.device)
-        pairs = [(parts.exp_avg, zero), (parts.exp_avg_sq, zero)]
-        if self.layout.master:
-            pairs.append((parts.master, self._current_weights()))
-        engine.fill(self.buffer, pairs)
+        copies = [(parts.master, self._current_weights())] if self.layout.master else []
+        engine.fill(self.buffer, [parts.exp_avg, parts.exp_avg_sq], copies)
 
     def fetch(self, engine: CopyEngine, buffer: DeviceBuffer, start: int, stop: int) -> None:
         """Bring elements start to stop into `buffer`, once their last copy home is done."""
@@ -145,11 +151,15 @@ class UnitState:
         engine.wait(self.home)
 
     def _pairs(self, buffer: DeviceBuffer, start: int, stop: int) -> Pairs:
-        """(device, host) views of elements start to stop; the device side lies at the buffer's beginning."""
-        if stop - start == self.numel and self.layout.gapless:
-            return [(buffer.memory[: self.layout.nbytes], self.arena.memory)]
-        device = self.layout.sized(stop - start).parts(buffer.memory)
-        return [(d, h[start:stop]) for d, h in zip(device, self.host_parts(), strict=True) if d is not None]
+        """(device, host) rows of elements start to stop; the device side lies at the buffer's beginning.
+
+        A whole unit is one row, the few bytes between its parts included. In a slice, parts of one dtype are the rows
+        of one copy.
+        """
+        if stop - start == self.numel:
+            return [(_row(buffer.memory[: self.layout.nbytes]), _row(self.arena.memory))]
+        device = self.layout.sized(stop - start).row_groups(buffer.memory, 0, stop - start)
+        return list(zip(device, self.layout.row_groups(self.arena.memory, start, stop), strict=True))
 
     def _current_weights(self) -> Tensor:
         weights = self.weights().detach()
@@ -157,6 +167,15 @@ class UnitState:
             f"unit {self.key} of {self.numel}: weights {tuple(weights.shape)}"
         )
         return weights
+
+
+def _row(memory: Tensor) -> Tensor:
+    return memory.view(1, -1)
+
+
+def _rows(memory: Tensor, start: int, count: int, pitch: int, width: int) -> Tensor:
+    """`count` rows of `width` bytes, `pitch` bytes from one to the next; the first begins at byte `start`."""
+    return memory.as_strided((count, width), (max(pitch, width), 1), memory.storage_offset() + start)
 
 
 def _aligned(nbytes: int) -> int:

@@ -18,9 +18,10 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 def kernels() -> Iterator[Finding]:
     """The native ops, or why there are none; the devices that PyTorch sees."""
-    loaded, reason = importlib.import_module("ds_grass.ops").native()
-    yield Finding("kernels", "native", reason, "ok" if loaded else "note")
     torch = importlib.import_module("torch")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        loaded, reason = importlib.import_module("ds_grass.ops").native(device)
+        yield Finding("kernels", f"native, {device}", reason, "ok" if loaded else "note")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding("kernels", "device", f"CPU: no CUDA device is visible, torch is {built}")

@@ -162,17 +162,21 @@ class Rank:
         """Norms, then AdamW over every unit; each goes on as soon as it is updated."""
         for unit in active:
             if unit.key in self.reducer.shards:
-                shard = self.reducer.shards[unit.key]
-                ops.squared_norm(shard[: self._chunk_numel])
+                self._norm(self.reducer.shards[unit.key])
         for unit in active:
             self.ledger.place = unit.name
             if not probing:
                 self._adamw(unit)
             self.reducer.shards.pop(unit.key, None)
 
+    def _norm(self, shard: Tensor) -> None:
+        """The temporaries of one chunk; a native kernel has none worth counting."""
+        if not ops.native(self.job.device)[0]:
+            ops.squared_norm_specification(shard[: self._chunk_numel])
+
     def _adamw(self, unit: Unit) -> None:
         """The temporaries of one chunk; a native kernel has none."""
-        if self.job.device == "cpu" and ops.native()[0]:
+        if ops.native(self.job.device)[0]:
             return
         numel = min(self.layouts[unit.key].shard_numel, self._chunk_numel)
         state = StateLayout(numel, self.store.has_master(unit.key), self.store.moment_dtype)

@@ -33,13 +33,13 @@ class DelayedEngine(CudaCopyEngine):
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(DELAY_CYCLES)
 
-    def _copy_in(self, pairs, after):
+    def _copy_in(self, work, after):
         self._maybe_sleep(self._in)
-        return super()._copy_in(pairs, after)
+        return super()._copy_in(work, after)
 
-    def _copy_out(self, pairs, after):
+    def _copy_out(self, work, after):
         self._maybe_sleep(self._out)
-        return super()._copy_out(pairs, after)
+        return super()._copy_out(work, after)
 
 
 def delay_compute() -> None:

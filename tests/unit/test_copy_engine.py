@@ -77,12 +77,11 @@ class LaggingCuda:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "stream", self.use)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.kept.append(tensor))
-        copy = copy_engine._copy
-        monkeypatch.setattr(
-            copy_engine,
-            "_copy",
-            lambda pairs, non_blocking=False: self.current.push(lambda: copy(pairs)),
-        )
+        for name in ("_transfer", "_fill"):
+            monkeypatch.setattr(copy_engine, name, self.enqueued(getattr(copy_engine, name)))
+
+    def enqueued(self, copies: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments: self.current.push(lambda: copies(*arguments))
 
     def new_stream(self, device: torch.device) -> Stream:
         self.streams.append(Stream(self))
@@ -137,9 +136,9 @@ def test_copies_are_ordered_behind_the_callers_stream(monkeypatch: pytest.Monkey
     cuda = LaggingCuda(monkeypatch)
     engine = cuda.engine()
     inward, outward = cuda.streams
-    host = torch.ones(8, dtype=torch.uint8)
+    host = torch.ones(1, 8, dtype=torch.uint8)
     buffer = engine.allocate(8)
-    pairs = [(buffer.memory, host)]
+    pairs = [(buffer.memory.view(1, 8), host)]
     engine.fetch(buffer, pairs, after=None)
     assert last_waits(inward) == [cuda.compute]  # kernels that still use the allocator's memory
     engine.stash(buffer, pairs)
@@ -149,7 +148,7 @@ def test_copies_are_ordered_behind_the_callers_stream(monkeypatch: pytest.Monkey
     engine.release(buffer)
     engine.fetch(buffer, pairs, after=None)
     assert last_waits(inward) == [cuda.compute]  # the updates
-    engine.fill(buffer, pairs)
+    engine.fill(buffer, [buffer.memory], pairs)
     assert last_waits(inward) == [cuda.compute, cuda.compute]  # the updates, and what made the source
     engine.acquire(buffer)
     assert last_waits(cuda.compute) == [inward]
@@ -159,7 +158,7 @@ def test_memory_is_freed_after_all_that_uses_it(monkeypatch: pytest.MonkeyPatch)
     cuda = LaggingCuda(monkeypatch)
     engine = cuda.engine()
     buffer = engine.allocate(8)
-    pairs = [(buffer.memory, torch.ones(8, dtype=torch.uint8))]
+    pairs = [(buffer.memory.view(1, 8), torch.ones(1, 8, dtype=torch.uint8))]
     engine.stash(buffer, pairs)
     engine.fetch(buffer, pairs, after=None)
     marks: list[Event] = []
@@ -247,8 +246,8 @@ def test_engine_counts_what_it_copies_and_holds() -> None:
     engine = CopyEngine(torch.device("cpu"))
     buffers = [engine.allocate(64), engine.allocate(32)]
     host = torch.arange(64, dtype=torch.uint8)
-    engine.fetch(buffers[0], [(buffers[0].memory, host)], after=None)
-    engine.stash(buffers[0], [(host[:16], buffers[0].memory[:16])])
+    engine.fetch(buffers[0], [(buffers[0].memory.view(1, 64), host.view(1, 64))], after=None)
+    engine.stash(buffers[0], [(host[:16].view(2, 8), buffers[0].memory[:16].view(2, 8))])
     engine.free(buffers[1])
     expected = dict(bytes_to_device=64, bytes_to_host=16, fetches=1, stashes=1)
     expected |= dict(device_bytes=64, device_bytes_peak=96, host_bytes=0, wait_seconds=0.0)

@@ -38,6 +38,11 @@ ORDER = """
     ds_grass.policies
     ds_grass.controller
 
+    ds_grass.ops.library
+    ds_grass.ops.extension
+    ds_grass.ops.adamw
+    ds_grass.ops.squared_norm
+    ds_grass.ops.transfer
     ds_grass.ops
     ds_grass.host_memory
     ds_grass.copy_engine

@@ -10,9 +10,10 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_grass import ops
+from ds_grass.ops import extension, library
+from tests.tensors import LargestResult, assert_same_bits, bits
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 HYPER = dict(
@@ -34,7 +35,7 @@ def kernel(request):
 
 def pytorch_kernel(param, master, exp_avg, exp_avg_sq, grad, inv_scale=ONE, **hyper):
     hyper = HYPER | hyper
-    ops._adamw_pytorch(param, master, exp_avg, exp_avg_sq, grad, inv_scale, **hyper)
+    ops.adamw_specification(param, master, exp_avg, exp_avg_sq, grad, inv_scale, **hyper)
 
 
 def native_kernel(param, master, exp_avg, exp_avg_sq, grad, inv_scale=ONE, **hyper):
@@ -58,16 +59,6 @@ def make_shard(n, param=FP32, master=False, moments=FP32, grad=FP32, seed=0, sta
 
 def clone(shard):
     return [None if tensor is None else tensor.clone() for tensor in shard]
-
-
-def bits(tensor):
-    return tensor.view(torch.int32 if tensor.dtype == FP32 else torch.int16)
-
-
-def assert_same_bits(left, right):
-    for position, (one, other) in enumerate(zip(left, right, strict=True)):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(bits(one), bits(other)), f"tensor {position}"
 
 
 # -- the update rule -----------------------------------------------------------------------------------------
@@ -341,32 +332,26 @@ def test_fake_kernel_checks_like_the_others():
 
 
 def test_native_keeps_the_text_of_the_import_error(monkeypatch):
-    monkeypatch.setattr(ops, "_import_error", ImportError("libexample.so.1: cannot open shared object file"))
+    monkeypatch.setattr(
+        extension, "_import_error", ImportError("libexample.so.1: cannot open shared object file")
+    )
     loaded, reason = ops.native()
     assert not loaded
     assert "libexample.so.1: cannot open shared object file" in reason
-    monkeypatch.setattr(ops, "_import_error", ModuleNotFoundError("No module named 'ds_grass._C'"))
+    monkeypatch.setattr(extension, "_import_error", ModuleNotFoundError("No module named 'ds_grass._C'"))
     assert "GRASS_BUILD_NATIVE=1" in ops.native()[1]
 
 
-# -- memory of the PyTorch kernels, and the norm -------------------------------------------------------------
+@pytest.mark.skipif(not ops.native()[0], reason=ops.native()[1])
+def test_native_says_for_which_devices_it_has_kernels():
+    assert ops.native("cpu") == (True, "ds_grass._C is loaded and has kernels for cpu")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("grass::adamw_", "CUDA"):
+        loaded, reason = ops.native("cuda")
+        assert not loaded
+        assert "GRASS_BUILD_CUDA=1" in reason
 
 
-class LargestResult(TorchDispatchMode):
-    """Notes the largest tensor that any operation allocates."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view and result._base is None:
-            known = any(result is argument for argument in args)
-            self.numel = (
-                self.numel if known else max(self.numel, result.untyped_storage().nbytes() // result.itemsize)
-            )
-        return result
+# -- memory of the PyTorch kernel, small moments --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("param", "master"), WEIGHTS)
@@ -374,29 +359,10 @@ def test_pytorch_kernel_makes_only_chunks_and_chunks_do_not_matter(monkeypatch, 
     whole = make_shard(1000, param=param, master=master, moments=BF16, grad=BF16)
     cut = clone(whole)
     pytorch_kernel(*whole, offset=5)
-    monkeypatch.setattr(ops, "_CHUNK_CPU", 64)
+    monkeypatch.setattr(library, "CHUNK_CPU", 64)
     with LargestResult() as largest:
         pytorch_kernel(*cut, offset=5)
     assert_same_bits(whole, cut)
-    assert 0 < largest.numel <= 64
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-@pytest.mark.parametrize("n", [0, 1, 1000, 200_003])
-def test_squared_norm_equals_the_sum_in_double_precision(dtype, n):
-    values = torch.randn(n + 3, generator=torch.Generator().manual_seed(n)).to(dtype)[3:]
-    norm = ops.squared_norm(values)
-    assert norm.dtype == FP32
-    assert norm.dim() == 0
-    torch.testing.assert_close(norm.double(), values.double().square().sum(), rtol=1e-6, atol=0)
-    assert torch.equal(norm, ops.squared_norm(values))
-
-
-def test_squared_norm_copies_no_more_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(ops, "_CHUNK_CPU", 64)
-    values = torch.ones(1000, dtype=BF16)
-    with LargestResult() as largest:
-        assert ops.squared_norm(values).item() == 1000
     assert 0 < largest.numel <= 64
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_grass import ops
 from ds_grass.host_memory import host_storages, is_host
 from ds_grass.state_store import StateStore
 from ds_grass.unit_state import StateLayout
@@ -106,17 +107,40 @@ def test_parts_start_on_64_bytes(dtype: torch.dtype, mode: str) -> None:
     assert all(tensor.data_ptr() % 64 == 0 for tensor in held if tensor is not None)
 
 
-def test_unit_without_gaps_moves_in_one_copy_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(first_weights(), slot_numel=1000)
-    store.activate([0, 3])
-    copies: list[int] = []
-    engine = store._engine
-    monkeypatch.setattr(engine, "_copy_in", lambda pairs, after: copies.append(len(pairs)))
-    monkeypatch.setattr(engine, "_copy_out", lambda pairs, after: copies.append(len(pairs)))
-    list(store.pieces([0]))
-    assert copies == [1, 1]
-    list(store.pieces([3]))
-    assert copies[2:] == [3, 3]
+@pytest.mark.parametrize(
+    ("slot_numel", "dtype", "key", "copies"),
+    [
+        (1000, torch.float32, 0, [1]),  # whole units, parts of 64 bytes and not
+        (1000, torch.float32, 3, [1]),
+        (1000, torch.bfloat16, 3, [1]),
+        (100, torch.float32, 5, [1, 1, 1]),  # slices: the parts of one dtype are rows of one copy
+        (100, torch.bfloat16, 5, [2, 2, 2]),  # fp32 masters apart from bf16 moments
+        (64, torch.bfloat16, 1, [1, 1]),  # without masters
+    ],
+)
+def test_state_moves_in_as_few_copies_as_its_layout_allows(
+    monkeypatch: pytest.MonkeyPatch, slot_numel: int, dtype: torch.dtype, key: int, copies: list[int]
+) -> None:
+    store = new_store(first_weights(), slot_numel=slot_numel, moment_dtype=dtype)
+    store.activate([key])
+    transferred: list[str] = []
+    transfer = ops.transfer_
+    monkeypatch.setattr(
+        ops, "transfer_", lambda to, source: (transferred.append("copy"), transfer(to, source))
+    )
+    made = []
+    for direction in ("_copy_in", "_copy_out"):
+        enqueue = getattr(store._engine, direction)
+
+        def counted(work, after, enqueue=enqueue, direction=direction):
+            before = len(transferred)
+            enqueue(work, after)
+            made.append((direction, len(transferred) - before))
+
+        monkeypatch.setattr(store._engine, direction, counted)
+    list(store.pieces([key]))
+    assert [count for direction, count in made if direction == "_copy_in"] == copies
+    assert [count for direction, count in made if direction == "_copy_out"] == copies
 
 
 def test_iteration_that_is_left_sends_its_piece_home_and_can_start_again() -> None:
@@ -228,7 +252,9 @@ def test_stream_moves_exactly_the_state_each_way_each_step(dtype: torch.dtype) -
     for number in range(3):
         store.prefetch(keys)
         step(store, weights, keys, number)
-    state = sum(UNITS[key] * element_bytes(key, dtype) for key in keys)
+    # a whole unit moves with the few bytes between its parts, a slice without
+    state = sum(layout(key, dtype).nbytes for key in keys if UNITS[key] <= 64)
+    state += sum(UNITS[key] * element_bytes(key, dtype) for key in keys if UNITS[key] > 64)
     assert store.counters["bytes_to_device"] == 3 * state
     assert store.counters["bytes_to_host"] == first + 3 * state
 

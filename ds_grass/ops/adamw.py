@@ -1,8 +1,4 @@
-"""The native ops: schema, fake and PyTorch kernel of each; loads `ds_grass._C`, whose kernels override a device key.
-
-Contract: callers never ask which kernel runs. The PyTorch kernel is the specification, and every other kernel gives
-the same bits (NaN payloads aside), because both are the same elementary operations, each rounded once.
-This is the only file that names `torch.ops`. Not covered: moving state, choosing what to update, clipping.
+"""`grass::adamw_`: one AdamW step over a flat shard, in place.
 
 One element of `adamw_`, every operation in fp32 (hyper-parameters are computed in double and rounded once)::
 
@@ -24,16 +20,11 @@ v, depend on `seed`, `step` and the element's index `offset + i` alone: how a sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_import_error: ImportError | None = None
-try:
-    import ds_grass._C  # noqa: F401  (loading it registers its kernels)
-except ImportError as error:
-    _import_error = error
+from ds_grass.ops.library import FLOATS, FLOATS_TEXT, chunks, define
 
 _NAME = "grass::adamw_"
 _SCHEMA = (
@@ -41,11 +32,7 @@ _SCHEMA = (
     " Tensor inv_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool decoupled,"
     " bool maximize, int seed, int offset) -> ()"
 )
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MASK32 = 0xFFFFFFFF
-# Elements that a temporary of the PyTorch kernels holds. Powers of two, see `_chunks`.
-_CHUNK_CPU = 1 << 16  # few enough to stay in cache
-_CHUNK_DEVICE = 1 << 22  # enough to hide the launches
 
 
 def adamw_(
@@ -80,37 +67,10 @@ def adamw_(
 
     Raises RuntimeError when shapes, dtypes, devices or values are not as described.
     """
-    torch.ops.grass.adamw_(
+    _op(
         param, master, exp_avg, exp_avg_sq, grad, inv_scale, lr, beta1, beta2, eps, weight_decay, step, decoupled,
         maximize, seed & (2**63 - 1), offset,
     )  # fmt: skip
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """Sum of squares of a flat fp32, bf16 or fp16 tensor `[n]`: fp32, 0-d, on its device, without a host sync.
-
-    Summed in fp32 by chunks, so the only fp32 copy is of one chunk. The same tensor gives the same bits on the same
-    machine and number of threads. The sum over no elements is 0.
-    """
-    chunks = list(_chunks(x.numel(), 0, x.device))
-    partial = torch.zeros(len(chunks), dtype=torch.float32, device=x.device)
-    for index, chunk in enumerate(chunks):
-        part = x[chunk].float()
-        torch.sum(part * part, dim=0, out=partial[index])
-    return partial.sum()
-
-
-def native() -> tuple[bool, str]:
-    """Whether `ds_grass._C` is loaded, and if not, why: the text of the import error and what to do."""
-    if _import_error is None:
-        return True, "ds_grass._C is loaded"
-    if isinstance(_import_error, ModuleNotFoundError):
-        cure = "to compile it, install with GRASS_BUILD_NATIVE=1 and `pip install --no-build-isolation`"
-    else:
-        cure = (
-            "if PyTorch has changed, compile it again: `pip install --no-build-isolation --force-reinstall`"
-        )
-    return False, f"the PyTorch kernels run, since ds_grass._C does not load ({_import_error}); {cure}"
 
 
 def _check(
@@ -118,7 +78,7 @@ def _check(
     seed, offset,
 ) -> None:  # fmt: skip
     """The preconditions of `adamw_`: all that the fake does. Native kernels repeat them, text for text."""
-    _check_tensor("param", param, param, "float32, bfloat16 or float16", _FLOATS)
+    _check_tensor("param", param, param, FLOATS_TEXT, FLOATS)
     if master is not None:
         _check_tensor("master", master, param, "float32", (torch.float32,))
     torch._check(
@@ -129,7 +89,7 @@ def _check(
     )
     _check_tensor("exp_avg", exp_avg, param, "float32 or bfloat16", (torch.float32, torch.bfloat16))
     _check_tensor("exp_avg_sq", exp_avg_sq, param, "the dtype of exp_avg", (exp_avg.dtype,))
-    _check_tensor("grad", grad, param, "float32, bfloat16 or float16", _FLOATS)
+    _check_tensor("grad", grad, param, FLOATS_TEXT, FLOATS)
     torch._check(
         inv_scale.numel() == 1 and inv_scale.dtype == torch.float32 and inv_scale.device == param.device,
         lambda: f"{_NAME}: inv_scale must be one float32 value on the device of param",
@@ -162,17 +122,17 @@ def _check_tensor(name: str, tensor: Tensor, param: Tensor, allowed: str, dtypes
     torch._check(tensor.dtype in dtypes, lambda: f"{what} is {tensor.dtype}; use {allowed}")
 
 
-def _adamw_pytorch(
+def adamw_specification(
     param, master, exp_avg, exp_avg_sq, grad, inv_scale, lr, beta1, beta2, eps, weight_decay, step, decoupled, maximize,
     seed, offset,
 ) -> None:  # fmt: skip
-    """The specification: the module docstring's operations over one chunk after another."""
+    """The PyTorch kernel and specification: the module docstring's operations over one chunk after another."""
     _check(param, master, exp_avg, exp_avg_sq, grad, inv_scale, lr, beta1, beta2, eps, weight_decay, step, decoupled,
            maximize, seed, offset)  # fmt: skip
     step_size = lr / (1.0 - beta1**step)
     root_correction2 = 1.0 / math.sqrt(1.0 - beta2**step)
     weights = param if master is None else master
-    for chunk in _chunks(param.numel(), offset, param.device):
+    for chunk in chunks(param.numel(), offset, param.device):
         # of an fp32 tensor `float` makes no copy: the slice itself is updated
         w, m, v = weights[chunk].float(), exp_avg[chunk].float(), exp_avg_sq[chunk].float()
         g = grad[chunk].float() * inv_scale
@@ -199,25 +159,6 @@ def _adamw_pytorch(
             param[chunk].copy_(_round_stochastic(w, random >> 16))
         elif master is not None:
             param[chunk].copy_(w)
-
-
-adamw_specification = _adamw_pytorch
-"""The PyTorch kernel by itself: `ds_grass plan` runs it on the meta device to see what its temporaries take."""
-
-
-def chunk_numel(device: torch.device) -> int:
-    """Elements that the PyTorch kernels take at a time on `device`."""
-    return _CHUNK_CPU if device.type == "cpu" else _CHUNK_DEVICE
-
-
-def _chunks(numel: int, offset: int, device: torch.device) -> Iterator[slice]:
-    """Cuts [0, numel) where `offset` plus the index is a multiple of the chunk, so none straddles a page of 2^32."""
-    chunk = chunk_numel(device)
-    start = 0
-    while start < numel:
-        stop = min(numel, start + chunk - (offset + start) % chunk)
-        yield slice(start, stop)
-        start = stop
 
 
 def _random_bits(like: Tensor, seed: int, step: int, first: int) -> Tensor:
@@ -256,7 +197,4 @@ def _random_key(seed: int, step: int, page: int) -> int:
     return key
 
 
-_library = torch.library.Library("grass", "DEF")
-_library.define(_SCHEMA)
-_library.impl("adamw_", _adamw_pytorch, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _check, lib=_library)
+_op = define(_SCHEMA, kernel=adamw_specification, fake=_check)
