@@ -5,9 +5,9 @@ the extension, on the PyTorch kernels; 1 makes a missing extension an error; 0 n
 only with `pip install --no-build-isolation`: an isolated build would download a second one, of another version.
 
 GRASS_BUILD_CUDA=auto (the default) adds the CUDA kernels where a CUDA toolkit and a PyTorch for CUDA are found, a GPU
-or none; 1 makes it an error when one is missing; 0 leaves them out. TORCH_CUDA_ARCH_LIST says for which GPUs: by default
-for those of this machine or, where none is seen, for DEFAULT_ARCHITECTURES. CXX, CUDA_HOME, MAX_JOBS and ninja are
-obeyed as by every PyTorch extension; ccache is used when it is on the PATH and CXX is not set.
+or none; 1 makes it an error when one is missing; 0 leaves them out. TORCH_CUDA_ARCH_LIST says for which GPUs: by
+default for those of this machine or, where none is seen, for DEFAULT_ARCHITECTURES. CXX, CUDA_HOME, MAX_JOBS and ninja
+are obeyed as by every PyTorch extension; ccache is used when it is on the PATH and CXX is not set.
 """
 
 from __future__ import annotations

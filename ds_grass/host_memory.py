@@ -1,14 +1,15 @@
 """Host memory for optimizer state: exact page-aligned ranges, and a check at start that the final size fits.
 
 Contract: a `HostArena` is one contiguous range of zeros, exactly as long as asked. Pages that are not written
-cost no physical memory. For CUDA the range is registered in place (`cudaHostRegister`); PyTorch's own pinned
-allocator is never used, because it rounds every request up to a power of two. Where registering fails the
-range stays pageable, with one warning for the whole process. `host_storages` and `is_host` name the live
-arenas, so that an audit of bytes can tell them from tensors of a CPU that plays the device. (Arenas come from
-`mmap`: the c10 CPU allocator, and so the profiler's memory events, never see them.)
+cost no physical memory. For CUDA the range is registered in place (`cudaHostRegister`), on the NUMA node next to
+the device where the system tells which; PyTorch's own pinned allocator is never used, because it rounds every
+request up to a power of two. Where registering fails the range stays pageable, with one warning for the whole
+process. `host_storages` and `is_host` name the live arenas, so that an audit of bytes can tell them from tensors
+of a CPU that plays the device. (Arenas come from `mmap`: the c10 CPU allocator, and so the profiler's memory
+events, never see them.)
 
-Not covered: placement on NUMA nodes beyond the kernel's first-touch rule, and memory limits other than the
-machine's and the cgroup's. A forked child does not inherit arenas; touching one there is a fault.
+Not covered: memory limits other than the machine's and the cgroup's. A forked child does not inherit arenas;
+touching one there is a fault.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from ds_grass import numa
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ class HostArena:
         self._pages = _map_pages(nbytes)
         self.memory = self.slice(0, nbytes)
         address = self.memory.data_ptr()
+        if pin_device is not None and (node := numa.node_of(pin_device)) is not None:
+            numa.prefer(address, nbytes, node)
         self.pinned = pin_device is not None and nbytes > 0 and _register(address, nbytes, pin_device)
         if nbytes > 0:
             _live[address] = nbytes

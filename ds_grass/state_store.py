@@ -15,7 +15,7 @@ Not covered: the update itself (`adam`, `ops`), which units are active (`control
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -144,8 +144,11 @@ class StateStore:
         if self._mode == "stream":
             self._slots.prefetch(self._slots.spans(units))
 
-    def pieces(self, keys: Sequence[int]) -> Iterator[Piece]:
+    def pieces(self, keys: Sequence[int], then: Container[int] | None = None) -> Iterator[Piece]:
         """The states of active units in the order of update.
+
+        `then`: the units that will be active after this step, where that is known; the others, if resident, start for
+        home each as soon as it is updated.
 
         Each piece is updated in place on the current stream before the iterator is advanced, which sends it
         home (stream). When it is exhausted, or closed, all copies home are enqueued; see `synchronize`.
@@ -154,7 +157,7 @@ class StateStore:
         assert not self._iterating, "one iteration at a time"
         self._iterating = True
         try:
-            yield from (self._whole_units if self._mode == "resident" else self._streamed)(units)
+            yield from self._streamed(units) if self._mode == "stream" else self._whole_units(units, then)
         finally:
             self._iterating = False
 
@@ -264,10 +267,13 @@ class StateStore:
         self._units.clear()
         self._active.clear()
 
-    def _whole_units(self, units: Iterable[UnitState]) -> Iterator[Piece]:
+    def _whole_units(self, units: Iterable[UnitState], then: Container[int] | None) -> Iterator[Piece]:
+        self._resident.keep_all()
         for unit in units:
             self._engine.acquire(unit.buffer)  # the update starts only when the unit has arrived
             yield Piece(unit.key, 0, unit.numel, *unit.device_parts())
+            if then is not None and unit.key not in then:
+                self._resident.send_ahead(unit)
 
     def _streamed(self, units: Sequence[UnitState]) -> Iterator[Piece]:
         for span, slot in self._slots.stream(self._slots.spans(units)):

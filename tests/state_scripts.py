@@ -85,9 +85,9 @@ def random_script(seed: int, length: int = 40) -> list[tuple]:
         elif name == "step":
             order = rng.sample(active, len(active))
             ahead = [rng.sample(active, rng.randint(0, len(active))) for _ in range(rng.randint(0, 3))]
-            script.append(
-                (name, order, rng.choice([ahead, [order[: n + 1] for n in range(len(order))]]), index)
-            )
+            ahead = rng.choice([ahead, [order[: n + 1] for n in range(len(order))]])
+            then = rng.choice([None, rng.sample(list(UNITS), rng.randint(0, 4))])
+            script.append((name, order, ahead, index, then))
         elif name == "mode":
             script.append((name, rng.choice(["resident", "stream"])))
         elif name in ("round_trip", "look"):
@@ -113,12 +113,18 @@ def play_plain(script: Sequence[tuple], moment_dtype: torch.dtype) -> tuple[dict
     return weights, {key: tuple(state) for key, state in states.items()}
 
 
-def step(store: StateStore, weights: dict[int, Tensor], order: Sequence[int], number: int) -> None:
-    """One toy step over the units in `order`; advances their step counts."""
+def step(
+    store: StateStore,
+    weights: dict[int, Tensor],
+    order: Sequence[int],
+    number: int,
+    then: Sequence[int] | None = None,
+) -> None:
+    """One toy step over the units in `order`; advances their step counts. `then`: guessed to be active next."""
     gradients = {key: gradient(key, number).to(weights[key].device) for key in order}
     for key in order:
         store.steps[key] += 1
-    for piece in store.pieces(order):
+    for piece in store.pieces(order, then):
         part = slice(piece.start, piece.stop)
         weight, grad = weights[piece.key][part], gradients[piece.key][part]
         adamw_(weight, piece.master, piece.exp_avg, piece.exp_avg_sq, grad, store.steps[piece.key])
@@ -138,7 +144,7 @@ def play(
         elif name == "step":
             for keys in event[2]:
                 store.prefetch(keys)
-            step(store, weights, event[1], event[3])
+            step(store, weights, event[1], event[3], event[4])
         elif name == "skip":
             store.prefetch(event[1])
         elif name == "mode":

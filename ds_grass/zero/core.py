@@ -207,24 +207,27 @@ class GrassCore:
             return self._skip(squares, scale_may_fall)
         norm = math.sqrt(total) / loss_scale
         probing = self.probing
+        with (
+            self.measuring_time
+        ):  # before the update, so that states of blocks that now rest go home under it
+            transition = self._decide({key: value / loss_scale**2 for key, value in squares.items()})
         if not probing:
             self._update(keys, norm, loss_scale)
         self.reducer.shards.clear()
         self._squares.clear()
         if self._mode_is_open and not probing:
             self._choose_mode()
-        with self.measuring_time:
-            transition = self._decide({key: value / loss_scale**2 for key, value in squares.items()})
         self._follow(transition)
         return StepResult(applied=not probing, finite=True, grad_norm=norm)
 
     def _update(self, keys: Sequence[int], norm: float, loss_scale: float) -> None:
-        """AdamW over every active unit, its state passing piece by piece."""
+        """AdamW over every unit of `keys`, its state passing piece by piece."""
         clip = max(1.0, (norm + 1e-6) / self.clip_grad) if self.clip_grad > 0 else 1.0
         device = self.reducer.device
         inv_scale = torch.full((), 1.0 / (clip * loss_scale), dtype=torch.float32, device=device)
         groups = [read_group(self.job.optimizer, group) for group in self.job.optimizer.param_groups]
-        for piece in self.store.pieces(keys):
+        then = {unit.key for unit in self.active_units()}
+        for piece in self.store.pieces(keys, then):
             key, unit = piece.key, self.units[piece.key]
             hyper = groups[unit.group]
             weights = self.weights(key)

@@ -44,6 +44,7 @@ ORDER = """
     ds_grass.ops.squared_norm
     ds_grass.ops.transfer
     ds_grass.ops
+    ds_grass.numa
     ds_grass.host_memory
     ds_grass.copy_engine
     ds_grass.unit_state

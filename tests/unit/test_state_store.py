@@ -298,6 +298,31 @@ def test_resident_unit_takes_over_the_memory_of_one_of_equal_size() -> None:
     assert store.view(2, "master").data_ptr() == address
 
 
+def test_resident_units_that_will_rest_go_home_one_by_one_under_the_updates() -> None:
+    store = new_store(first_weights(), mode="resident")
+    store.activate([0, 1, 2])
+    before, seen = store.counters["stashes"], []
+    for piece in store.pieces([2, 1, 0], then=[1, 7]):
+        piece.exp_avg.fill_(piece.key + 1)
+        seen.append(store.counters["stashes"] - before)
+    assert seen == [0, 1, 1]
+    assert store.counters["stashes"] - before == 2
+    store.activate([1, 7])
+    assert store.counters["stashes"] - before == 2  # none is sent twice
+    for key in (0, 2):
+        assert torch.equal(store.view(key, "exp_avg"), torch.full((96,), float(key + 1)))
+
+
+def test_resident_unit_that_changes_again_after_it_went_ahead_goes_home_again() -> None:
+    store = new_store(first_weights(), mode="resident")
+    store.activate([0, 2])
+    for value, then in ((1.0, [2]), (2.0, None)):
+        for piece in store.pieces([0, 2], then):
+            piece.exp_avg.fill_(value)
+    store.activate([2])
+    assert torch.equal(store.view(0, "exp_avg"), torch.full((96,), 2.0))
+
+
 def test_stream_device_holds_slots_only_and_keeps_them() -> None:
     weights = first_weights()
     store = new_store(weights, buffers=3)
