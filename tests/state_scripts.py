@@ -54,6 +54,14 @@ def adamw_(
         weights.copy_(master)
 
 
+Compute = Callable[[Callable[[], None]], None]
+"""Enqueues work on the stream that computes."""
+
+
+def at_once(work: Callable[[], None]) -> None:
+    work()
+
+
 def new_store(weights: dict[int, Tensor], **options) -> StateStore:
     """A store of all units over `weights`: stream mode, two slots of 64 elements, unless told otherwise."""
     defaults = dict(
@@ -119,6 +127,7 @@ def step(
     order: Sequence[int],
     number: int,
     then: Sequence[int] | None = None,
+    compute: Compute = at_once,
 ) -> None:
     """One toy step over the units in `order`; advances their step counts. `then`: guessed to be active next."""
     gradients = {key: gradient(key, number).to(weights[key].device) for key in order}
@@ -126,8 +135,8 @@ def step(
         store.steps[key] += 1
     for piece in store.pieces(order, then):
         part = slice(piece.start, piece.stop)
-        weight, grad = weights[piece.key][part], gradients[piece.key][part]
-        adamw_(weight, piece.master, piece.exp_avg, piece.exp_avg_sq, grad, store.steps[piece.key])
+        update = (weights[piece.key][part], *piece[3:], gradients[piece.key][part], store.steps[piece.key])
+        compute(lambda update=update: adamw_(*update))
 
 
 def play(
@@ -135,8 +144,9 @@ def play(
     store: StateStore,
     weights: dict[int, Tensor],
     after_event: Callable[[], None] = lambda: None,
+    compute: Compute = at_once,
 ) -> tuple[dict, dict]:
-    """The script over a store; the same results as `play_plain`, on the host."""
+    """The script over a store; the same results as `play_plain`, on the host. `compute` enqueues an update."""
     for event in script:
         name = event[0]
         if name == "activate":
@@ -144,7 +154,7 @@ def play(
         elif name == "step":
             for keys in event[2]:
                 store.prefetch(keys)
-            step(store, weights, event[1], event[3], event[4])
+            step(store, weights, event[1], event[3], event[4], compute)
         elif name == "skip":
             store.prefetch(event[1])
         elif name == "mode":

@@ -63,25 +63,41 @@ class Stream:
 class LaggingCuda:
     """The few names of `torch.cuda` that the engine uses, over streams that put off all work.
 
-    The current stream computes at once. A copy stream runs when somebody waits for it, so a wait that is
-    missing shows as a copy of the wrong bytes. With `progress` above 0 it also runs now and then by itself.
+    A stream runs when somebody waits for it, so a wait that is missing shows as a copy of the wrong bytes. With
+    `progress` above 0 it also runs now and then by itself. The stream that computes is eager unless told to lag.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, progress: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        progress: float = 0.0,
+        seed: int = 0,
+        compute_lags: bool = False,
+    ) -> None:
         self.progress, self.rng = progress, random.Random(seed)
         self.streams: list[Stream] = []
-        self.compute = self.current = Stream(self, eager=True)
+        self.compute = self.current = Stream(self, eager=not compute_lags)
         self.kept: list[torch.Tensor] = []
         monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "stream", self.use)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.kept.append(tensor))
+        monkeypatch.setattr(copy_engine, "copy_to_host", self.after_computing(copy_engine.copy_to_host))
         for name in ("_transfer", "_fill"):
             monkeypatch.setattr(copy_engine, name, self.enqueued(getattr(copy_engine, name)))
 
     def enqueued(self, copies: Callable[..., None]) -> Callable[..., None]:
         return lambda *arguments: self.current.push(lambda: copies(*arguments))
+
+    def after_computing(self, download: Callable[..., None]) -> Callable[..., None]:
+        """A copy that the host waits for is ordered behind the stream that computes."""
+
+        def waiting(*arguments: torch.Tensor) -> None:
+            self.compute.synchronize()
+            download(*arguments)
+
+        return waiting
 
     def new_stream(self, device: torch.device) -> Stream:
         self.streams.append(Stream(self))
@@ -95,7 +111,7 @@ class LaggingCuda:
 
     def maybe_progress(self) -> None:
         if self.rng.random() < self.progress:
-            stream = self.rng.choice(self.streams)
+            stream = self.rng.choice([*self.streams, self.compute])
             progress, self.progress = self.progress, 0.0
             if stream.work:
                 stream.run_one()
@@ -107,10 +123,13 @@ class LaggingCuda:
         return engine
 
 
+@pytest.mark.parametrize("compute_lags", [False, True])
 @pytest.mark.parametrize("progress", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(8))
-def test_streams_that_lag_change_no_bit(monkeypatch: pytest.MonkeyPatch, seed: int, progress: float) -> None:
-    cuda = LaggingCuda(monkeypatch, progress, seed)
+def test_streams_that_lag_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, seed: int, progress: float, compute_lags: bool
+) -> None:
+    cuda = LaggingCuda(monkeypatch, progress, seed, compute_lags)
     dtype = (torch.float32, torch.bfloat16)[seed % 2]
     script, weights = random_script(seed, 80), first_weights()
     store = new_store(
@@ -121,7 +140,9 @@ def test_streams_that_lag_change_no_bit(monkeypatch: pytest.MonkeyPatch, seed: i
         buffers=2 + seed % 3,
         mode=("stream", "resident")[seed % 2],
     )
-    assert_same(play(script, store, weights), play_plain(script, dtype))
+    played = play(script, store, weights, compute=cuda.compute.push)
+    cuda.compute.synchronize()
+    assert_same(played, play_plain(script, dtype))
     store.close()
     assert store.counters["device_bytes"] == store.counters["host_bytes"] == 0
 
