@@ -118,10 +118,6 @@ class CopyEngine:
         """What follows on the current stream sees the buffer's contents."""
         self._order(buffer.ready)
 
-    def reuse(self, buffer: DeviceBuffer) -> None:
-        """What follows on the current stream may overwrite the buffer: copies home have read it."""
-        self._order(buffer.idle)
-
     def release(self, buffer: DeviceBuffer) -> None:
         """The current stream is done with the buffer: what was enqueued so far is all that uses it."""
         buffer.idle = self._mark()

@@ -33,9 +33,7 @@ class ResidentStates:
         self._gone_ahead.add(unit)
 
     def keep_all(self) -> None:
-        """States are about to change again, behind the copies of what went ahead in vain."""
-        for unit in self._gone_ahead:
-            self._engine.reuse(unit.buffer)
+        """States are about to change again: what went ahead will go once more, behind the copy that is out of date."""
         self._gone_ahead.clear()
 
     def swap(self, leaving: Iterable[UnitState], entering: Sequence[UnitState]) -> None:
