@@ -129,4 +129,5 @@ def report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-main()
+if __name__ == "__main__":
+    main()

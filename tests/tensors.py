@@ -1,4 +1,4 @@
-"""What tests of kernels ask of tensors: their bits, and how much an operation allocates."""
+"""What tests of kernels ask of tensors: random shards, their bits, and how much an operation allocates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+WEIGHTS = [(FP32, True), (BF16, True), (FP16, True), (FP32, False), (BF16, False)]
+"""dtype of the weights, and whether they have a master."""
+
+
+def make_shard(n, param=FP32, master=False, moments=FP32, grad=FP32, seed=0, start=0):
+    """Random tensors (param, master, exp_avg, exp_avg_sq, grad) of `n` elements, gradients over twelve decades."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, first, second, gradient = torch.randn(4, n + start, generator=generator)
+    scale = 10.0 ** torch.randint(-10, 3, (n + start,), generator=generator)
+    tensors = (
+        weights.to(param),
+        weights.clone() if master else None,
+        (0.1 * first * scale).to(moments),
+        (second * scale).square().to(moments),
+        (gradient * scale).to(grad),
+    )
+    return [None if tensor is None else tensor[start:] for tensor in tensors]
+
+
+def clone(shard):
+    return [None if tensor is None else tensor.clone() for tensor in shard]
 
 
 def bits(tensor: Tensor) -> Tensor:

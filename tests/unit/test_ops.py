@@ -13,9 +13,8 @@ import torch
 
 from ds_grass import ops
 from ds_grass.ops import extension, library
-from tests.tensors import LargestResult, assert_same_bits, bits
+from tests.tensors import BF16, FP16, FP32, WEIGHTS, LargestResult, assert_same_bits, bits, clone, make_shard
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 HYPER = dict(
     lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=1, decoupled=True, maximize=False
 )
@@ -40,25 +39,6 @@ def pytorch_kernel(param, master, exp_avg, exp_avg_sq, grad, inv_scale=ONE, **hy
 
 def native_kernel(param, master, exp_avg, exp_avg_sq, grad, inv_scale=ONE, **hyper):
     ops.adamw_(param, master, exp_avg, exp_avg_sq, grad, inv_scale, **(HYPER | hyper))
-
-
-def make_shard(n, param=FP32, master=False, moments=FP32, grad=FP32, seed=0, start=0):
-    """Random tensors (param, master, exp_avg, exp_avg_sq, grad) of `n` elements, gradients over twelve decades."""
-    generator = torch.Generator().manual_seed(seed)
-    weights, first, second, gradient = torch.randn(4, n + start, generator=generator)
-    scale = 10.0 ** torch.randint(-10, 3, (n + start,), generator=generator)
-    tensors = (
-        weights.to(param),
-        weights.clone() if master else None,
-        (0.1 * first * scale).to(moments),
-        (second * scale).square().to(moments),
-        (gradient * scale).to(grad),
-    )
-    return [None if tensor is None else tensor[start:] for tensor in tensors]
-
-
-def clone(shard):
-    return [None if tensor is None else tensor.clone() for tensor in shard]
 
 
 # -- the update rule -----------------------------------------------------------------------------------------
@@ -165,8 +145,6 @@ def test_infinite_and_nan_gradients_reach_the_weights(kernel):
 
 
 # -- native against PyTorch ----------------------------------------------------------------------------------
-
-WEIGHTS = [(FP32, True), (BF16, True), (FP16, True), (FP32, False), (BF16, False)]
 
 
 @pytest.mark.skipif(not ops.native()[0], reason=ops.native()[1])
