@@ -29,7 +29,7 @@ export GRASS_BUILD_NATIVE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-full lint format clean FORCE
+.PHONY: help demo test test-full sanitize lint format clean FORCE
 
 help:  ## show this help
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3] [DEEPSPEED=\"deepspeed==0.18.9\"] [ARGS=\"pytest arguments\"]"
@@ -48,6 +48,9 @@ test: lint $(BUILT)  ## lint, compile and test; at most 15 minutes
 
 test-full: lint $(BUILT)  ## every cell of every product; goes on where it was interrupted
 	$(PY) -m pytest -m "slow or not slow" --resume=.test-full $(ARGS)
+
+sanitize: $(BUILT)  ## the C++ kernels under AddressSanitizer and UBSan; needs gcc
+	$(PY) -m tests.sanitized $(ARGS)
 
 lint: $(INSTALLED)  ## check the style
 	$(PY) -m ruff check .

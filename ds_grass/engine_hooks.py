@@ -164,10 +164,11 @@ def _refuse_pipeline_and_experts(model: Any) -> None:
 
 def _prepare(engine: Any, plan: _Plan, config_class: Any, module: ModuleType) -> None:
     """Make this one engine choose our optimizer when it looks for a ZeRO optimizer."""
-    from ds_grass import step_hooks
+    from ds_grass import ops, step_hooks
     from ds_grass.zero.loading import guard_loading
     from ds_grass.zero.saving import guard_saving
 
+    ops.ensure_native()  # after the ranks have agreed, which they must within a minute
     if plan.stage == 0:
         config_class.zero_config.stage = 1
         config_class.zero_optimization_stage = 1

@@ -6,7 +6,7 @@ This package is the only one that names `torch.ops`. Not covered: what to move a
 """
 
 from ds_grass.ops.adamw import adamw_, adamw_specification
-from ds_grass.ops.extension import native
+from ds_grass.ops.extension import ensure_native, native
 from ds_grass.ops.library import chunk_numel
 from ds_grass.ops.squared_norm import squared_norm, squared_norm_specification
 from ds_grass.ops.transfer import transfer_
@@ -15,6 +15,7 @@ __all__ = [
     "adamw_",
     "adamw_specification",
     "chunk_numel",
+    "ensure_native",
     "native",
     "squared_norm",
     "squared_norm_specification",

@@ -39,6 +39,8 @@ ORDER = """
     ds_grass.controller
 
     ds_grass.ops.library
+    ds_grass.ops.building
+    ds_grass.ops.just_in_time
     ds_grass.ops.extension
     ds_grass.ops.adamw
     ds_grass.ops.squared_norm
