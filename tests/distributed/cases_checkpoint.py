@@ -52,7 +52,7 @@ def resume_ends_with_the_same_bits(
     assert resumed["counters"] == uninterrupted["counters"]
 
 
-@case(ranks=(2,), stage=(1, 2, 3))
+@case(most_quick=2, ranks=(2,), stage=(1, 2, 3))
 def saving_changes_nothing(ctx: Context, stage: int) -> None:
     """A run that saves after every step is the run that never does; frozen flags are as before."""
     kept = []
@@ -88,7 +88,7 @@ def zero_to_fp32_reads_what_was_saved(ctx: Context, stage: int, dtype: str) -> N
     jobs.assert_identical({n: found[n].float() for n in masters}, masters, "masters")
 
 
-@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=(1, 2, 3))
 def resumed_right_after_an_fp16_overflow_a_run_ends_with_the_same_bits(ctx: Context, stage: int) -> dict:
     """Forced overflows while training: scale, hysteresis and the count of skips go on where they were."""
     fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 3, "hysteresis": 2}
@@ -116,7 +116,7 @@ def resumed_right_after_an_fp16_overflow_a_run_ends_with_the_same_bits(ctx: Cont
     return resumed["counters"]
 
 
-@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=(1, 2, 3))
 def saved_between_micro_batches_the_step_begins_anew(ctx: Context, stage: int) -> None:
     """Files of DeepSpeed hold no gradients: a warning says so, the saving run goes on, the resumed one repeats it."""
     job, warnings = jobs.Job(stage=stage, accumulation=2), []
@@ -167,7 +167,7 @@ REFUSED = {
 """What the message says -> the model and the grass block of the job that saved."""
 
 
-@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), message=tuple(REFUSED))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=(1, 2, 3), message=tuple(REFUSED))
 def a_refused_checkpoint_changes_nothing(ctx: Context, stage: int, message: str) -> None:
     """The run that was refused another job's checkpoint in its middle is the run that never asked for it."""
     job = jobs.Job(stage=stage, extra={"scheduler": WARMUP})

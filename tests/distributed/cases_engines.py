@@ -17,7 +17,7 @@ from tests.distributed.registry import case
 WITHOUT_HOOK = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
-@case(strength=1, ranks=(1, 2), stage=(0, 1, 2, 3), dtype=("fp32", "bf16"))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=(0, 1, 2, 3), dtype=("fp32", "bf16"))
 def plain_deepspeed_equals_the_reference(ctx: Context, stage: int, dtype: str) -> dict:
     """The yardstick itself: with all blocks active the reference is what DeepSpeed with torch AdamW does."""
     job = jobs.Job(stage=stage, dtype=dtype, grass=None, accumulation=2)
@@ -60,7 +60,7 @@ def deepspeed_without_a_block_is_as_without_the_package(ctx: Context, cells: lis
     assert [_digest(stage, dtype, ctx, **switched_off) for stage, dtype in cells] == before
 
 
-@case(strength=1, ranks=(1, 2), stages=((2, 2), (1, 3), (3, 3)))
+@case(most_quick=1, strength=1, ranks=(1, 2), stages=((2, 2), (1, 3), (3, 3)))
 def several_engines_in_one_process_are_independent(ctx: Context, stages: tuple[int, int]) -> None:
     """Two engines stepped in turn end as they do alone."""
     pair = [
@@ -104,7 +104,7 @@ def engine_without_optimizer_stands_aside(ctx: Context, stage: int) -> None:
             assert torch.equal(models.loss(engine, models.tokens(0)), expected)
 
 
-@case(strength=1, ranks=(1, 2), stage=(0, 1, 2, 3))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=(0, 1, 2, 3))
 def parameters_the_user_froze_stay_frozen(ctx: Context, stage: int) -> None:
     """Frozen before initialize, they are never thawed, changed or counted, through draws and a checkpoint."""
     job = jobs.Job(stage=stage)
@@ -126,7 +126,7 @@ def parameters_the_user_froze_stay_frozen(ctx: Context, stage: int) -> None:
     assert not changed & frozen
 
 
-@case(strength=1, ranks=(1, 2), stage=(1, 2, 3))
+@case(most_quick=1, strength=1, ranks=(1, 2), stage=(1, 2, 3))
 def every_way_to_pass_parameters_gives_the_same_bits(ctx: Context, stage: int) -> None:
     """`model_parameters` as list, generator or groups, a client optimizer or a callable, a config as dict or path."""
     import json

@@ -136,7 +136,7 @@ def _assert_skipped(engine: object, job: jobs.Job, ctx: Context) -> None:
     jobs.assert_identical(jobs.masters(engine), masters, "masters after a skipped step")
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES, value=("nan", "inf"))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES, value=("nan", "inf"))
 def a_bad_gradient_in_one_block_on_one_rank_is_named(ctx: Context, stage: int, value: str) -> str:
     """The step is skipped everywhere, the block is named once, and the run goes on as if it had not been."""
     job, warnings, kept = jobs.Job(stage=stage), [], []
@@ -243,7 +243,7 @@ def fp16_on_cpu() -> Iterator[None]:
         yield
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES, accumulation=(1, 2))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES, accumulation=(1, 2))
 def fp16_with_dynamic_loss_scale_follows_the_reference(ctx: Context, stage: int, accumulation: int) -> dict:
     """Forced overflows while probing and training skip the step everywhere and halve the scale; the rest is as ever."""
     fp16 = {"enabled": True, "initial_scale_power": 22, "loss_scale_window": 3, "hysteresis": 1}

@@ -65,7 +65,7 @@ def storage_that_ranks_do_not_share_is_noticed_while_saving(ctx: Context, stage:
     assert not [path for path in (ctx.folder / f"node{ctx.rank}").iterdir() if path.is_dir()]
 
 
-@case(ranks=(1,), stage=(2,), tag=("", ".", "..", "../out", "/absolute"))
+@case(most_quick=2, ranks=(1,), stage=(2,), tag=("", ".", "..", "../out", "/absolute"))
 def a_tag_that_names_no_folder_is_refused_before_anything_is_written(
     ctx: Context, stage: int, tag: str
 ) -> None:
@@ -150,7 +150,7 @@ def a_model_that_differs_only_in_the_order_of_parameters_is_refused(ctx: Context
         engine.load_checkpoint(str(ctx.folder / "saved"), tag="t")
 
 
-@case(ranks=(1, 2), strength=1, stage=(1, 2, 3))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=(1, 2, 3))
 def loaded_in_the_middle_of_a_step_that_step_begins_anew(ctx: Context, stage: int) -> None:
     """Micro-batches made before the load do not count after it; a step without gradients is a sentence."""
     job, kept = jobs.Job(stage=stage, accumulation=2), []

@@ -147,7 +147,9 @@ class Course:
         return report
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, dtype=("bf16", "fp32"), mode=("resident", "stream"))
+@case(
+    most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, dtype=("bf16", "fp32"), mode=("resident", "stream")
+)
 def device_bytes_stay_within_the_target(ctx: Context, stage: int, dtype: str, mode: str) -> dict:
     """Construction, probing, training, swapping, saving and loading hold weights, active set and one unit at most."""
     course = Course(_job(stage, dtype, mode), ctx)
@@ -165,6 +167,7 @@ def device_bytes_stay_within_the_target(ctx: Context, stage: int, dtype: str, mo
 
 
 @case(
+    most_quick=2,
     ranks=(1, 2),
     strength=1,
     stage=STAGES,
@@ -195,7 +198,7 @@ def probing_never_piles_up_gradients(ctx: Context, stage: int, model: dict) -> d
     return {"used": used, "allowed": allowed}
 
 
-@case(ranks=(2,), strength=1, stage=(1, 3))
+@case(most_quick=1, ranks=(2,), strength=1, stage=(1, 3))
 def whole_model_allocation_is_noticed(ctx: Context, stage: int) -> None:
     """The audit would fail if anything, ours or not, made one fp32 tensor for each parameter on the device."""
     course = Course(_job(stage, "bf16", "resident"), ctx)

@@ -34,7 +34,13 @@ def _reference_with_frozen_outer(job: jobs.Job, trained: tuple[str, ...]) -> Ref
 
 
 @case(
-    ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"), outer=("never", "list"), clip=(0.0, 0.3)
+    most_quick=2,
+    ranks=(1, 2),
+    strength=1,
+    stage=STAGES,
+    dtype=("fp32", "bf16"),
+    outer=("never", "list"),
+    clip=(0.0, 0.3),
 )
 def outer_parameters_rest_when_told(ctx: Context, stage: int, dtype: str, outer: str, clip: float) -> dict:
     """`outer: never` or a list: what rests keeps its bits and is out of the norm; what trains follows the reference."""
@@ -56,7 +62,7 @@ def outer_parameters_rest_when_told(ctx: Context, stage: int, dtype: str, outer:
     return {"worst": assert_near_the_reference(ours, reference.masters, dtype)}
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, accumulation=(1, 4))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, accumulation=(1, 4))
 def all_blocks_active_after_probing_is_the_reference(ctx: Context, stage: int, accumulation: int) -> dict:
     """The set does not change when probing ends, yet training begins, with the outer parameters."""
     job = jobs.Job(stage=stage, accumulation=accumulation, grass={"active_layers": 4, "probe_steps": 2})
@@ -83,7 +89,7 @@ SENDING = {
 }
 
 
-@case(ranks=(2,), strength=1, stage=(1, 2, 3), dtype=("bf16", "fp32"), key=tuple(SENDING))
+@case(most_quick=2, ranks=(2,), strength=1, stage=(1, 2, 3), dtype=("bf16", "fp32"), key=tuple(SENDING))
 def keys_of_gradient_sending_are_as_in_plain_deepspeed(
     ctx: Context, stage: int, dtype: str, key: str
 ) -> dict:
@@ -150,7 +156,7 @@ STATES: dict[str, dict[str, Any]] = {
 }
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, states=tuple(STATES))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, states=tuple(STATES))
 def small_states_learn_and_do_not_depend_on_the_mode(ctx: Context, stage: int, states: str) -> dict:
     """bf16 moments, or no masters and stochastic rounding: the loss falls, modes agree in every bit, ranks too."""
     kept = []
@@ -210,7 +216,7 @@ def log_tells_every_draw_with_its_reasons(ctx: Context, stage: int) -> None:
     assert not Path("silent.jsonl").exists()
 
 
-@case(ranks=(2,), strength=1, stage=STAGES)
+@case(most_quick=2, ranks=(2,), strength=1, stage=STAGES)
 def rate_that_the_script_sets_is_used(ctx: Context, stage: int) -> None:
     """A loop that writes `param_groups[...]["lr"]` itself is obeyed at the next step; 0 changes nothing."""
     job = jobs.with_grass(jobs.Job(stage=stage, optimizer_block=False), probe_steps=0)
@@ -229,7 +235,13 @@ def rate_that_the_script_sets_is_used(ctx: Context, stage: int) -> None:
     assert any(not torch.equal(moved[n], start[n]) for n in start)
 
 
-@case(ranks=(2,), strength=1, stage=(1, 2, 3), what=("weights_only", "no_optimizer", "other_blocks"))
+@case(
+    most_quick=2,
+    ranks=(2,),
+    strength=1,
+    stage=(1, 2, 3),
+    what=("weights_only", "no_optimizer", "other_blocks"),
+)
 def partial_loads_do_what_they_say(ctx: Context, stage: int, what: str) -> None:
     """Weights without states start a new schedule on those weights; a checkpoint of another grouping is refused."""
     job = jobs.Job(stage=stage)

@@ -121,6 +121,7 @@ def over(found: Iterable[float]) -> bool:
 
 
 @case(
+    most_quick=2,
     ranks=(1, 2),
     strength=1,
     thorough=3,

@@ -183,8 +183,8 @@ def a_checkpoint_that_is_not_what_was_saved_is_never_loaded(ctx: Context, stage:
         saved = fingerprint(engine)
         jobs.train_step(engine, job, ctx, 6)
         running = fingerprint(engine)
-        barrier()
         files = sorted(p.relative_to(folder) for p in [*(folder / "step5").iterdir(), folder / "latest"])
+        barrier()  # all have seen all files before the first is removed, so that their dice fall alike
         for _ in range(CORRUPTIONS_EACH):
             victim, how = dice.choice(files), random.Random(dice.random())
             kind = dice.choice([kind for kind in DAMAGE if (kind, victim.name) != ("swap", "latest")])

@@ -70,7 +70,7 @@ KINDS: dict[str, Callable[[jobs.Job], tuple[jobs.Job, dict]]] = {
 }
 
 
-@case(ranks=(1, 2), strength=1, stage=(0, 1, 2, 3), kind=tuple(KINDS))
+@case(most_quick=3, ranks=(1, 2), strength=1, stage=(0, 1, 2, 3), kind=tuple(KINDS))
 def learning_rate_after_the_probe_is_that_of_step_0(ctx: Context, stage: int, kind: str) -> list:
     """The rates of the training steps are those of a run that never probed; none passes while probing."""
     rates = []
@@ -93,7 +93,7 @@ def learning_rate_after_the_probe_is_that_of_step_0(ctx: Context, stage: int, ki
     return plain
 
 
-@case(ranks=(2,), strength=1, stage=(1, 2, 3), made=("config", "client_before"))
+@case(most_quick=2, ranks=(2,), strength=1, stage=(1, 2, 3), made=("config", "client_before"))
 def rate_and_decay_of_each_group_reach_its_weights(ctx: Context, stage: int, made: str) -> dict:
     """Weights follow the reference with its groups and schedule, though the engine never splits the user's groups."""
     from tests.distributed.cases_trajectory import assert_moved_alike, assert_near_the_reference

@@ -14,7 +14,7 @@ from tests.reference import Sampling
 STAGES = (0, 1, 2, 3)
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
 def loss_backward_gives_the_bits_of_engine_backward(
     ctx: Context, stage: int, dtype: str, accumulation: int
 ) -> None:
@@ -56,7 +56,7 @@ def no_sync_accumulates_without_communication(ctx: Context, stage: int, dtype: s
     return {"worst": assert_near_the_reference(masters, reference.masters, dtype)}
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES)
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES)
 def boundaries_set_by_the_script_are_obeyed(ctx: Context, stage: int) -> None:
     """`set_gradient_accumulation_boundary` by hand, as Accelerate does, gives the same bits."""
     kept = []
@@ -77,7 +77,7 @@ def boundaries_set_by_the_script_are_obeyed(ctx: Context, stage: int) -> None:
     jobs.assert_identical(kept[0], kept[1], "masters")
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES, dtype=("fp32", "bf16"))
 def unmanaged_accumulation_is_the_reference(ctx: Context, stage: int, dtype: str) -> dict:
     """`managed_gradient_accumulation: false`: the script calls `step` when it likes; every call is a boundary."""
     job = jobs.Job(stage=stage, dtype=dtype, accumulation=1, extra={"managed_gradient_accumulation": False})
@@ -96,6 +96,7 @@ def unmanaged_accumulation_is_the_reference(ctx: Context, stage: int, dtype: str
 
 
 @case(
+    most_quick=2,
     strength=1,
     ranks=(1, 2),
     stage=STAGES,
@@ -189,6 +190,7 @@ def gradient_that_comes_nowhere_in_some_steps_is_zero(
 
 
 @case(
+    most_quick=2,
     strength=1,
     ranks=(1, 2),
     stage=STAGES,

@@ -87,7 +87,13 @@ def _tensorboard_events(folder: Path) -> list[tuple[str, float, int]]:
     return found
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, monitor=("csv_monitor", "tensorboard", "wandb", "comet"))
+@case(
+    most_quick=2,
+    ranks=(1, 2),
+    strength=1,
+    stage=STAGES,
+    monitor=("csv_monitor", "tensorboard", "wandb", "comet"),
+)
 def monitor_is_given_every_draw_once(ctx: Context, stage: int, monitor: str) -> None:
     """As many scalars as the lines hold, with their values, at the samples seen by then; also without a log."""
     if monitor == "tensorboard":
@@ -161,7 +167,7 @@ def loss_of_a_line_is_the_mean_of_what_went_into_backward(
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, save_after=(1, 4, 7), universal=(False, True))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, save_after=(1, 4, 7), universal=(False, True))
 def resumed_run_is_one_run_in_the_log(ctx: Context, stage: int, save_after: int, universal: bool) -> None:
     """Saved while probing, and in the middle of two periods; another run's lines in between stay as they are."""
     job = jobs.Job(stage=stage, grass={"probe_steps": PROBE, "sampling_period": PERIOD})
@@ -261,7 +267,7 @@ def _console(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[_Terminal, list[
         logger.removeHandler(handler)
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, end=("trained", "destroyed", "failed", "resumed"))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, end=("trained", "destroyed", "failed", "resumed"))
 def probe_shows_how_far_it_is_and_leaves_no_bar(ctx: Context, stage: int, end: str) -> None:
     """Four steps of probing on a terminal, ended in each way that there is; nothing on other ranks."""
     job = jobs.Job(stage=stage, grass={"probe_steps": 4})

@@ -48,7 +48,7 @@ def accessors_read_and_write_blocks_that_rest_and_blocks_that_train(
         assert jobs.train_step(engine, job, ctx, 5).applied
 
 
-@case(strength=1, ranks=(1, 2), stage=STAGES)
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=STAGES)
 def gradients_can_be_read_between_backward_and_step(ctx: Context, stage: int) -> None:
     """`safe_get_full_grad` gives what the reference averages, for the active blocks."""
     from deepspeed.utils import safe_get_full_grad

@@ -145,7 +145,7 @@ def _assert_close(ours: tuple[float, ...] | None, theirs: list[float], tolerance
         assert abs(a - b) <= tolerance * abs(b), (ours, theirs)
 
 
-@case(ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=STAGES, dtype=("fp32", "bf16"), accumulation=(1, 2))
 def all_blocks_active_equals_plain_deepspeed(ctx: Context, stage: int, dtype: str, accumulation: int) -> dict:
     """With nothing frozen and nothing probed the block changes where states are, not what is computed."""
     plain = jobs.Job(stage=stage, dtype=dtype, accumulation=accumulation, grass=None)

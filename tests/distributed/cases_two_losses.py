@@ -10,7 +10,7 @@ from tests.distributed.registry import case
 from tests.reference import Sampling
 
 
-@case(strength=1, ranks=(1, 2), stage=(0, 1, 2, 3))
+@case(most_quick=2, strength=1, ranks=(1, 2), stage=(0, 1, 2, 3))
 def two_backwards_in_one_step_are_their_sum(ctx: Context, stage: int) -> dict:
     """A step whose probed gradients came in parts is repeated, not counted; importance and weights are of the sum."""
     job = jobs.Job(stage=stage)

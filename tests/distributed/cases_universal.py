@@ -192,7 +192,7 @@ def a_grass_job_becomes_plain_adamw_state_by_state(ctx: Context, stage: int, dty
 SMALL = {"moments": {"dtype": "bf16"}, "both": {"dtype": "bf16", "master_weights": False}}
 
 
-@case(ranks=(1, 2), strength=1, stage=(1, 2, 3), states=tuple(SMALL))
+@case(most_quick=2, ranks=(1, 2), strength=1, stage=(1, 2, 3), states=tuple(SMALL))
 def small_states_are_saved_as_they_are_and_come_back(ctx: Context, stage: int, states: str) -> None:
     """bf16 moments, without masters too: the same bits by a resume, by the universal way, and for `zero_to_fp32`."""
     import torch.distributed as dist
@@ -223,6 +223,7 @@ def small_states_are_saved_as_they_are_and_come_back(ctx: Context, stage: int, s
 
 
 @case(
+    most_quick=2,
     ranks=(1,),
     strength=1,
     stage=(2, 3),

@@ -62,6 +62,7 @@ def case(
     *,
     ranks: Iterable[int] = (2,),
     strength: int = 2,
+    most_quick: int | None = None,
     thorough: int | None = None,
     slow: bool = False,
     alone: bool = False,
@@ -71,14 +72,16 @@ def case(
 ) -> Callable[[Callable], Callable]:
     """Register every cell of `ranks` x `factors`; the quick run takes a `covering` subset, the slow run all of them.
 
+    `most_quick`: the quick run takes no more cells than these, the first ones, which differ most.
     `thorough`: the slow run takes a `covering` subset too, of this strength, where the whole product takes too long.
     """
 
     def register(function: Callable) -> Callable:
         product = {"ranks": list(ranks), **{name: list(values) for name, values in factors.items()}}
         names = list(product)
-        quick = covering(product, strength)
-        chosen = None if thorough is None else covering(product, thorough) + quick
+        covers = covering(product, strength)
+        quick = covers[:most_quick]
+        chosen = None if thorough is None else covering(product, thorough) + covers
         for values in itertools.product(*product.values()):
             cell = dict(zip(names, values, strict=True))
             if chosen is not None and cell not in chosen:

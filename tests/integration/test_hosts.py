@@ -78,7 +78,7 @@ def run_trl(
 SLOW = pytest.mark.slow
 TRL = [
     pytest.param("sft.py", True, 1, 2, id="sft"),
-    pytest.param("dpo.py", True, 1, 2, id="dpo"),
+    pytest.param("dpo.py", True, 1, 2, id="dpo", marks=SLOW),
     pytest.param("sft.py", False, 1, 2, id="sft-without", marks=SLOW),
     pytest.param("dpo.py", False, 1, 2, id="dpo-without", marks=SLOW),
     pytest.param("sft.py", True, 2, 3, id="sft-zero3-2ranks", marks=SLOW),
