@@ -3,8 +3,8 @@
     python benchmarks/trace.py --trace step.json --picture step.png
 
 The trace opens in chrome://tracing or https://ui.perfetto.dev. On a GPU the copies are those of the device's copy
-engines, as the profiler saw them. On a CPU that plays the device, two threads stand in for the two copy streams, so that
-copies run beside computing as they do on a GPU; their speed is that of the CPU's memory and says nothing about a bus.
+engines, as the profiler saw them. On a CPU that plays the device, two threads stand in for the two copy streams, so
+that copies run beside computing as they do on a GPU; they are as fast as the CPU's memory, which says nothing of a bus.
 """
 
 from __future__ import annotations

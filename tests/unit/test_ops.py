@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from ds_grass import ops
+from ds_grass import host_memory, ops
 from ds_grass.ops import extension, library
 from tests.tensors import BF16, FP16, FP32, WEIGHTS, LargestResult, assert_same_bits, bits, clone, make_shard
 
@@ -192,6 +192,19 @@ def test_native_kernel_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.native()[0], reason=ops.native()[1])
+def test_native_kernel_takes_more_than_2_to_the_31_elements():
+    n = 2**31 + 5
+    if (host_memory.available_bytes() or 0) < 7 * n:
+        pytest.skip("needs 15 GB of memory")
+    weights, exp_avg, exp_avg_sq, grad = (host_memory.host_zeros(n, BF16) for _ in range(4))
+    grad[-5:] = 1.0
+    native_kernel(weights, None, exp_avg, exp_avg_sq, grad, weight_decay=0.0)
+    assert (weights[-5:] < 0).all()
+    assert not weights[:-5].view(torch.int16).any()
 
 
 def test_native_kernel_is_what_the_dispatcher_runs_when_loaded():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_grass import ops
+from ds_grass import host_memory, ops
 from ds_grass.ops import library
 from ds_grass.ops.squared_norm import squared_norm_specification
 from tests.tensors import LargestResult
@@ -59,6 +59,13 @@ def test_order_of_additions_is_the_one_described(kernel):
             lanes = [lanes[i] + lanes[i + half] for i in range(half)]
         sums.append(lanes[0])
     assert torch.equal(kernel(x), sums[0] + sums[1])
+
+
+@pytest.mark.skipif(not ops.native()[0], reason=ops.native()[1])
+def test_native_kernel_takes_more_than_2_to_the_31_elements():
+    x = host_memory.host_zeros(2**31 + 5, BF16)  # pages that are not written cost no memory
+    x[0] = x[-1] = 2.0
+    assert ops.squared_norm(x) == 8.0
 
 
 def test_infinite_and_nan_values_show(kernel):
