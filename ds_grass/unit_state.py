@@ -67,13 +67,14 @@ class StateLayout:
         """Elements start to stop of each part inside `memory`: parts of one dtype as rows of bytes (parts, width)."""
         master, exp_avg, exp_avg_sq = self._offsets()
         size = self.moment_dtype.itemsize
-        if not self.master:
-            return [_rows(memory, exp_avg + start * size, 2, exp_avg_sq - exp_avg, (stop - start) * size)]
-        if size == 4:
-            return [_rows(memory, 4 * start, 3, exp_avg_sq - exp_avg, 4 * (stop - start))]
+        if self.master and size != 4:
+            groups = [(master, 1, 4), (exp_avg, 2, size)]
+        else:
+            groups = [(master, 2 + self.master, size)]  # without a master the moments begin there
+        pitch = exp_avg_sq - exp_avg
         return [
-            _rows(memory, master + 4 * start, 1, 0, 4 * (stop - start)),
-            _rows(memory, exp_avg + start * size, 2, exp_avg_sq - exp_avg, (stop - start) * size),
+            _rows(memory, first + start * itemsize, parts, pitch, (stop - start) * itemsize)
+            for first, parts, itemsize in groups
         ]
 
     def _offsets(self) -> tuple[int, int, int]:
@@ -175,7 +176,7 @@ def _row(memory: Tensor) -> Tensor:
 
 def _rows(memory: Tensor, start: int, count: int, pitch: int, width: int) -> Tensor:
     """`count` rows of `width` bytes, `pitch` bytes from one to the next; the first begins at byte `start`."""
-    return memory.as_strided((count, width), (max(pitch, width), 1), memory.storage_offset() + start)
+    return memory.as_strided((count, width), (pitch, 1), memory.storage_offset() + start)
 
 
 def _aligned(nbytes: int) -> int:
