@@ -28,9 +28,9 @@ CLIP = 0.5
 PAGE_FLOATS = 4096
 ELEMENT_BYTES = {"bare": 28, "full": 28}
 """Read and written an element: 16 + 12, and 14 + 14."""
-MIN_CALLS = 11
+WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 21, 1000
 MIN_SECONDS = 1.5
-"""Of each contestant, for one row."""
+"""Of our own calls, for one row."""
 
 
 def measure(sizes: Sequence[int], progress: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -55,7 +55,8 @@ def load_triad() -> None:
 def row(work: str, numel: int) -> dict[str, Any]:
     shard = Shard(numel)
     contestants = {"ds_grass": shard.ours(work), **shard.peers(work), **triads(shard.nbytes(work))}
-    seconds = take_turns(contestants)
+    times = take_turns(contestants)
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
     triad_floats = triad_size(shard.nbytes(work))
     triad = {name: 12 * triad_floats / seconds.pop(name) for name in ("plain", "streaming")}
     own = seconds.pop("ds_grass")
@@ -66,7 +67,7 @@ def row(work: str, numel: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": own,
         "peer_seconds": seconds,
-        "speedup_over_fastest_peer": min(seconds.values()) / own,
+        "speedup_over_fastest_peer": min(speedup(times["ds_grass"], times[name]) for name in seconds),
         "bytes_per_second": bandwidth,
         "triad_bytes_per_second": triad,
         "triad_fraction": bandwidth / max(triad.values()),
@@ -167,16 +168,20 @@ def aligned(numel: int) -> Tensor:
     return memory[start : start + numel]
 
 
-def take_turns(contestants: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of one call of each, after two calls to warm up."""
+def take_turns(contestants: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of every call of each, after two rounds to warm up. Every round begins with another contestant."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    while True:
-        for name, call in contestants.items():
+    names, rounds = list(contestants), 0
+    while rounds < MIN_ROUNDS + WARM_UP or (sum(times["ds_grass"]) < MIN_SECONDS and rounds < MAX_ROUNDS):
+        for place in range(len(names)):
+            name = names[(place + rounds) % len(names)]
             started = time.perf_counter()
-            call()
+            contestants[name]()
             times[name].append(time.perf_counter() - started)
-        rounds = len(times["ds_grass"])
-        if rounds >= MIN_CALLS + 2 and sum(times["ds_grass"]) >= MIN_SECONDS:
-            return {name: statistics.median(taken[2:]) for name, taken in times.items()}
-        if rounds >= 2000:
-            return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+        rounds += 1
+    return {name: taken[WARM_UP:] for name, taken in times.items()}
+
+
+def speedup(own: Sequence[float], peer: Sequence[float]) -> float:
+    """Median over the rounds: a machine that slows down slows both calls of a round."""
+    return statistics.median(theirs / ours for ours, theirs in zip(own, peer, strict=True))

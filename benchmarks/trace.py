@@ -29,6 +29,7 @@ WARM_UP = 4
 LANES = ("computing", "update", "to device", "to host")
 COLORS = {
     "forward": "#9ecae1",
+    "next forward": "#9ecae1",
     "backward": "#4292c6",
     "update": "#fd8d3c",
     "to device": "#41ab5d",
@@ -66,6 +67,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--buffers", type=int, default=2, help="states.buffers: device slots")
     parser.add_argument("--dtype", choices=sorted(contestants.DTYPES), default="fp32")
     parser.add_argument("--trace", default="step.json", metavar="FILE")
     parser.add_argument("--picture", default="step.png", metavar="FILE")
@@ -84,7 +86,11 @@ def record(settings: Namespace) -> None:
     activities = [ProfilerActivity.CPU]
     if settings.device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with mock.patch.object(state_store, "make_engine", engine_maker):
+    states = {"grass-stream": {"mode": "stream", "buffers": settings.buffers}}
+    with (
+        mock.patch.object(state_store, "make_engine", engine_maker),
+        mock.patch.dict(contestants.GRASS_STATES, states),
+    ):
         contestant = contestants.build("grass-stream", settings)
     engine = contestant.model
     batch = torch.randint(0, settings.vocabulary, (settings.batch, settings.sequence), device=settings.device)
@@ -100,7 +106,9 @@ def record(settings: Namespace) -> None:
                 torch.cuda.synchronize()  # so that the span ends when the device has done it
         with record_function("update"):
             engine.step()
-            engine.optimizer.core.store.synchronize()
+        with record_function("next forward"):
+            engine(input_ids=batch, labels=batch)
+        engine.optimizer.core.store.synchronize()
     profiler.export_chrome_trace(settings.trace)
 
 
@@ -207,9 +215,8 @@ def draw(spans: list[Span], settings: Namespace) -> None:
         if settings.device == "cuda"
         else "a CPU as the device, a thread each way"
     )
-    axes.set_title(
-        f"One streaming step: {settings.active} of {settings.blocks} blocks and outer, {where}", fontsize=10
-    )
+    what = f"{settings.active} of {settings.blocks} blocks and outer, {settings.buffers} slots"
+    axes.set_title(f"One streaming step: {what}; {where}", fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(settings.picture, dpi=150)

@@ -81,7 +81,14 @@ def measure_peak(run: Callable[[], Any]) -> Peak:
     return Peak(before, peak, live_bytes())
 
 
-COLLECTIVES = ("_allgather_base", "_reduce_scatter_base", "allgather", "allreduce", "broadcast", "reduce_scatter")
+COLLECTIVES = (
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather",
+    "allreduce",
+    "broadcast",
+    "reduce_scatter",
+)
 LETS_GO_SECONDS = 1.0
 
 
