@@ -100,9 +100,9 @@ def collectives_that_let_go() -> Iterator[None]:
     overlaps with what is allocated next, and the peak rises, now and then, by a buffer that nobody needs any more.
     """
     group = torch.distributed.ProcessGroup
-    stock = {name: getattr(group, name) for name in COLLECTIVES}
-    for name, collective in stock.items():
-        setattr(group, name, _that_lets_go(collective))
+    stock = {name: vars(group)[name] for name in COLLECTIVES}  # what binds, which `getattr` unwraps
+    for name in COLLECTIVES:
+        setattr(group, name, _that_lets_go(getattr(group, name)))
     try:
         yield
     finally:

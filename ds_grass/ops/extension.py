@@ -41,6 +41,8 @@ def native(device: str = "cpu") -> tuple[bool, str]:
     if _import_error is not None:
         if isinstance(_import_error, ModuleNotFoundError):
             cure = "to compile it, install with GRASS_BUILD_NATIVE=1 and `pip install --no-build-isolation`"
+            if not _tried_to_compile:
+                cure = f"the first job that trains compiles it, where it can; {cure}"
         else:
             cure = "if PyTorch has changed, compile it again: `pip install --no-build-isolation --force-reinstall`"
         return False, f"the PyTorch kernels run, since ds_grass._C does not load ({_import_error}); {cure}"

@@ -92,3 +92,11 @@ def test_measure_peak_agrees_with_the_profiler() -> None:
         peak = audit.measure_peak(run)
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
     assert abs(peak.extra_bytes - max(largest, 5 * MEGABYTE)) < 0.1 * MEGABYTE
+
+
+def test_collectives_that_let_go_are_as_they_were_afterwards() -> None:
+    methods = vars(torch.distributed.ProcessGroup)
+    before = {name: methods[name] for name in audit.COLLECTIVES}
+    with audit.collectives_that_let_go():
+        assert all(methods[name] is not before[name] for name in audit.COLLECTIVES)
+    assert all(methods[name] is before[name] for name in audit.COLLECTIVES)
