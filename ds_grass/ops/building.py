@@ -56,8 +56,11 @@ def find_cuda_obstacle() -> str | None:
 
 
 def choose_compilers() -> None:
-    """Through ccache where it is on the PATH and nobody named another compiler."""
-    if shutil.which("ccache") and "CXX" not in os.environ:
+    """Through ccache where it is on the PATH and nobody named another compiler; newer PyTorch does so by itself."""
+    from torch.utils import cpp_extension
+
+    wraps = hasattr(cpp_extension, "_wrap_compiler")
+    if shutil.which("ccache") and "CXX" not in os.environ and not wraps:
         os.environ["CXX"] = "ccache c++"
         os.environ.setdefault("PYTORCH_NVCC", "ccache nvcc")
 

@@ -131,11 +131,17 @@ def test_without_a_compiler_the_package_installs_unless_kernels_were_asked_for(
         build.main()
 
 
-def test_ccache_is_used_where_it_is_and_no_compiler_is_named(build, monkeypatch):
+def test_ccache_is_used_where_it_is_and_neither_the_user_nor_pytorch_names_a_compiler(build, monkeypatch):
     which = shutil.which
     monkeypatch.setattr(
         shutil, "which", lambda name, **options: name if name == "ccache" else which(name, **options)
     )
+    monkeypatch.setattr(cpp_extension, "_wrap_compiler", None, raising=False)
+    monkeypatch.delenv("CXX")
+    build.main()
+    assert "CXX" not in os.environ
+    monkeypatch.delattr(cpp_extension, "_wrap_compiler")
+    monkeypatch.setenv("CXX", "c++")
     build.main()
     assert os.environ["CXX"] == "c++"
     monkeypatch.delenv("CXX")
