@@ -41,9 +41,11 @@ def compiled() -> Path:
     folder = _folder(cuda)
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{_NAME}.so"
+    complete = folder / "complete"  # a library alone may be half of one, where its linker was killed
     with _locked(folder / ".compiling"):
-        if not library.exists():
+        if not complete.exists():
             _compile(folder, cuda)
+            complete.touch()
     return library
 
 

@@ -59,11 +59,12 @@ def test_kernels_are_compiled_once_and_then_found(not_installed, monkeypatch, ca
     assert len(calls) == 1
 
 
-def test_lock_that_a_killed_process_left_is_cleared(not_installed, monkeypatch):
+def test_lock_and_half_a_library_that_a_killed_process_left_do_no_harm(not_installed, monkeypatch):
     calls = compiler_that(monkeypatch, works=True)
     folder = just_in_time._folder(cuda=False)
     folder.mkdir(parents=True)
     (folder / "lock").touch()
+    (folder / "ds_grass_native.so").touch()
     ops.ensure_native()
     assert calls[0]["lock"] is False
 
