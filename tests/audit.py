@@ -81,14 +81,23 @@ def measure_peak(run: Callable[[], Any]) -> Peak:
     return Peak(before, peak, live_bytes())
 
 
-COLLECTIVES = (
-    "_allgather_base",
-    "_reduce_scatter_base",
-    "allgather",
-    "allreduce",
-    "broadcast",
-    "reduce_scatter",
-)
+COLLECTIVES = [
+    name
+    for name in (
+        "allgather",
+        "allgather_coalesced",
+        "all_gather_single",
+        "_allgather_base",  # its name before PyTorch 2.13
+        "allreduce",
+        "allreduce_coalesced",
+        "broadcast",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "_reduce_scatter_base",
+    )
+    if name in vars(torch.distributed.ProcessGroup)
+]
 LETS_GO_SECONDS = 1.0
 
 
@@ -110,15 +119,24 @@ def collectives_that_let_go() -> Iterator[None]:
             setattr(group, name, collective)
 
 
+class _Ended:
+    """In the place of a work that is over."""
+
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
 def _that_lets_go(collective: Callable[..., Any]) -> Callable[..., Any]:
     def run(group: Any, *arguments: Any, **options: Any) -> Any:
         held = live_bytes()
-        work = collective(group, *arguments, **options)
-        work.wait()
+        collective(group, *arguments, **options).wait()  # the work goes at once, for it holds buffers too
         deadline = time.monotonic() + LETS_GO_SECONDS
         while live_bytes() > held and time.monotonic() < deadline:
             time.sleep(0)  # let the other thread run
-        return work
+        return _Ended()
 
     return run
 
