@@ -79,7 +79,7 @@ def extension(*, cuda: bool, required: bool) -> dict:
                 report(f"{NAME} is left out, the PyTorch kernels will run: {error}")
                 self.extensions = []  # nothing to copy or to list in the wheel
 
-    build.choose_compilers()
+    os.environ.update(build.compilers())
     # -fopenmp only compiles: its functions come from the OpenMP library that PyTorch has already loaded. Linking would
     # bring a second one, with its own threads, deaf to torch.set_num_threads.
     cpu, gpu = ([f"{FOLDER}/{name}" for name in names] for names in (build.CPU_SOURCES, build.CUDA_SOURCES))

@@ -8,6 +8,7 @@ same bytes between the device and pinned memory of PyTorch.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,8 +171,6 @@ def device_seconds(work: Callable[[], Any]) -> float:
 
 def wall_seconds(works: Sequence[Callable[[], None]]) -> float:
     """Median until all streams are done: for work on several of them."""
-    import time
-
     times = []
     for _ in range(REPEATS + 3):
         torch.cuda.synchronize()

@@ -37,10 +37,6 @@ class StateLayout:
     moment_dtype: torch.dtype
 
     @property
-    def element_bytes(self) -> int:
-        return 4 * self.master + 2 * self.moment_dtype.itemsize
-
-    @property
     def nbytes(self) -> int:
         """Length of the range, gaps between the parts included."""
         return self._offsets()[2] + self.numel * self.moment_dtype.itemsize

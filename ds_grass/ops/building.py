@@ -55,14 +55,17 @@ def find_cuda_obstacle() -> str | None:
     return None
 
 
-def choose_compilers() -> None:
-    """Through ccache where it is on the PATH and nobody named another compiler; newer PyTorch does so by itself."""
+def compilers() -> dict[str, str]:
+    """Variables that let PyTorch compile through ccache, where it is on the PATH and nobody named another compiler.
+
+    Newer PyTorch does so by itself.
+    """
     from torch.utils import cpp_extension
 
-    wraps = hasattr(cpp_extension, "_wrap_compiler")
-    if shutil.which("ccache") and "CXX" not in os.environ and not wraps:
-        os.environ["CXX"] = "ccache c++"
-        os.environ.setdefault("PYTORCH_NVCC", "ccache nvcc")
+    if hasattr(cpp_extension, "_wrap_compiler") or "CXX" in os.environ or shutil.which("ccache") is None:
+        return {}
+    wrapped = {"CXX": "ccache c++", "PYTORCH_NVCC": "ccache nvcc"}
+    return {name: command for name, command in wrapped.items() if name not in os.environ}
 
 
 def choose_architectures() -> None:

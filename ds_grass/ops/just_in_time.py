@@ -73,18 +73,12 @@ def _folder(cuda: bool) -> Path:
     digest = hashlib.sha256()
     for path in sorted(_sources().iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    devices = (
-        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else "cpu"
+    devices = sorted(
+        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count() if cuda else 0)}
     )
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    facts = (
-        torch.__version__,
-        sys.version_info[:2],
-        platform.machine(),
-        devices,
-        architectures,
-        building.CXX_FLAGS,
-    )
+    facts = (torch.__version__, sys.version_info[:2], platform.machine(), cuda, devices, architectures)
+    facts += (building.CXX_FLAGS, building.NVCC_FLAGS)
     digest.update(repr(facts).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(_cache(), "torch_extensions")
     return Path(root) / f"{_NAME}-{digest.hexdigest()[:16]}"
@@ -130,10 +124,10 @@ def _compile(folder: Path, cuda: bool) -> None:
 @contextlib.contextmanager
 def _compilers() -> Iterator[None]:
     """The variables that name compilers, for as long as PyTorch reads them."""
-    before = dict(os.environ)
+    chosen = building.compilers()
+    os.environ.update(chosen)
     try:
-        building.choose_compilers()
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name in chosen:
+            del os.environ[name]

@@ -207,9 +207,8 @@ class GrassCore:
             return self._skip(squares, scale_may_fall)
         norm = math.sqrt(total) / loss_scale
         probing = self.probing
-        with (
-            self.measuring_time
-        ):  # before the update, so that states of blocks that now rest go home under it
+        # Decided before the update, so that states of blocks that will rest go home under it.
+        with self.measuring_time:
             transition = self._decide({key: value / loss_scale**2 for key, value in squares.items()})
         if not probing:
             self._update(keys, norm, loss_scale)
