@@ -7,7 +7,7 @@ moves only on a real overflow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -23,12 +23,15 @@ from ds_grass.zero.universal import UniversalFolder
 
 
 class HostOptimizer:
-    """Expects `optimizer` (the user's), `units`, `layouts`, `shards` (own weight shards) and `core`."""
+    """Expects `optimizer` (the user's), `units`, `layouts`, `shards` (own weight shards) and `core`, and of each stage
+    `_saved_tensor`."""
 
     core: GrassCore
     units: Sequence[Unit]
     layouts: Mapping[int, ShardLayout]
     shards: Mapping[int, Tensor]
+    _saved_tensor: Callable[[Mapping, Unit, str], Tensor]
+    """(a rank's checkpoint, unit, "fp32" or a moment's name) -> the tensor, from DeepSpeed's layout of the stage."""
 
     def _begin(self) -> None:
         """Take the controller's first active set."""
@@ -185,10 +188,6 @@ class HostOptimizer:
         if load_optimizer_states:
             self._restore_sampling(grass)
         self.core.switch()
-
-    def _saved_tensor(self, state: Mapping, unit: Unit, what: str) -> Tensor:
-        """Hook: this rank's tensor of a unit in DeepSpeed's layout of the stage."""
-        raise NotImplementedError
 
     def _load_units(self, shards: checkpoint.Shards, steps: Mapping[int, int]) -> None:
         """Weights of all units, states of those with `steps`; the others were never drawn. `switch` comes after."""
