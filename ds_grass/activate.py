@@ -23,13 +23,19 @@ from types import ModuleType
 from typing import Any
 
 HOOKS: dict[str, str] = {
-    "deepspeed.runtime.engine": "ds_grass.engine_hooks:install",
+    "deepspeed.runtime.engine": "ds_grass.engine_hooks:install, megatron_ext.hooks:install_engine",
     "transformers.trainer": "ds_grass.trainer_hooks:install",
+    "megatron.core.transformer.transformer_block": "megatron_ext.hooks:install_block",
+    "megatron.core.models.gpt.gpt_model": "megatron_ext.hooks:install_gpt",
 }
-"""Module of a host -> "module:function" of ours that is called with it. One table for both packages."""
+"""Module of a host -> each "module:function" of ours that is called with it. One table for both packages."""
 
-OPTIONAL: dict[str, str] = {"transformers.trainer": "so the Trainer's log lacks the numbers of GRASS"}
-"""Hooks without which a block still runs -> what is missing then."""
+OPTIONAL: dict[str, str] = {
+    "transformers.trainer": "so the Trainer's log lacks the numbers of GRASS",
+    "megatron.core.transformer.transformer_block": "so a `megatron_ext` block has no effect on its models",
+    "megatron.core.models.gpt.gpt_model": "so plans of `megatron_ext` do not count the memory of logits",
+}
+"""Hooks without which a `grass` block still runs -> what is missing then."""
 
 failures: dict[str, str] = {}
 """Module of a host, or "autoload" -> traceback of what failed there. Shown by ``ds_grass doctor``."""
@@ -132,10 +138,11 @@ def _install_when_executed(name: str, module: ModuleType) -> None:
 def _install(name: str, module: ModuleType) -> None:
     try:
         _hooked[name] = module
-        module_path, _, function = HOOKS[name].partition(":")
         from importlib import import_module
 
-        getattr(import_module(module_path), function)(module)
+        for installer in HOOKS[name].split(", "):
+            module_path, _, function = installer.partition(":")
+            getattr(import_module(module_path), function)(module)
         failures.pop(name, None)
     except Exception as error:  # an exception would break `import deepspeed`
         _keep(name, error, OPTIONAL.get(name, "so a `grass` block in ds_config will be refused"))

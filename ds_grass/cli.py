@@ -2,7 +2,7 @@
 
 Contract: human output goes through rich, a path alone goes as it is; ``--json`` prints one JSON document and
 nothing else on standard output. Status 0 = all well, 1 = a problem was found, 2 = wrong arguments. No other file
-prints.
+prints, but :mod:`megatron_ext.cli`, which is made of the same parts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -29,7 +29,9 @@ _PLAN_COLUMNS = 100
 
 
 @dataclass(frozen=True)
-class _Command:
+class Command:
+    """A subcommand: its line of help, its arguments, and what it does."""
+
     help: str
     run: Callable[[argparse.Namespace], int]
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -37,17 +39,25 @@ class _Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse `arguments` (default: the command line), run the subcommand, return its exit status."""
-    parser = argparse.ArgumentParser(prog="ds_grass", description="GRASS for DeepSpeed: tools for training.")
-    parser.add_argument("--version", action="version", version=f"ds_grass {__version__}")
+    return dispatch("ds_grass", "GRASS for DeepSpeed: tools for training.", _COMMANDS, arguments)
+
+
+def dispatch(
+    prog: str, description: str, commands: Mapping[str, Command], arguments: Sequence[str] | None
+) -> int:
+    """Run one of `commands`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, command in _COMMANDS.items():
+    for name, command in commands.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
         command.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
-    return _COMMANDS[parsed.command].run(parsed)
+    return commands[parsed.command].run(parsed)
 
 
-def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `doctor`."""
     parser.add_argument(
         "--config", metavar="FILE", help="look at this ds_config too: its block, and conflicts"
     )
@@ -59,16 +69,21 @@ def _run_doctor(parsed: argparse.Namespace) -> int:
 
     with redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output while it is imported
         findings = doctor.examine(parsed.config)
-    healthy = doctor.is_healthy(findings)
-    if parsed.json:
+    return tell_findings(findings, block="grass", as_json=parsed.json)
+
+
+def tell_findings(findings: Sequence[Finding], *, block: str, as_json: bool) -> int:
+    """Print what `doctor` found out about running a `block`; return the exit status."""
+    healthy = all(finding.state != "problem" for finding in findings)
+    if as_json:
         document = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        _print_findings(findings, healthy)
+        _print_findings(findings, healthy, block)
     return 0 if healthy else 1
 
 
-def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
+def _print_findings(findings: Sequence[Finding], healthy: bool, block: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
@@ -97,7 +112,7 @@ def _print_findings(findings: Sequence[Finding], healthy: bool) -> None:
     which = (
         "This ds_config"
         if any(finding.section == "config" for finding in findings)
-        else "A `grass` block in ds_config"
+        else f"A `{block}` block in ds_config"
     )
     verdict = f"[green]{which} runs here.[/]"
     if not healthy:
@@ -140,16 +155,16 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the ds_config.json of the job")
     parser.add_argument(
-        "--seq-length", type=_positive, metavar="TOKENS", help="of a row of the batch; default: 2048"
+        "--seq-length", type=positive, metavar="TOKENS", help="of a row of the batch; default: 2048"
     )
-    parser.add_argument("--micro-batch", type=_positive, metavar="ROWS", help="default: what FILE says")
+    parser.add_argument("--micro-batch", type=positive, metavar="ROWS", help="default: what FILE says")
     parser.add_argument(
-        "--accumulation", type=_positive, metavar="N", help="micro-batches of a step; default: as in FILE"
+        "--accumulation", type=positive, metavar="N", help="micro-batches of a step; default: as in FILE"
     )
     parser.add_argument(
-        "--ranks-per-node", type=_positive, default=1, metavar="N", help="default: %(default)s"
+        "--ranks-per-node", type=positive, default=1, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="blocks are recomputed in backward"
     )
@@ -161,7 +176,8 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer from 1")
     return int(text)
@@ -230,17 +246,17 @@ def _drawn(plan: Plan, path: str) -> bool:
 
 
 _COMMANDS = {
-    "doctor": _Command(
+    "doctor": Command(
         help="say whether GRASS would run here, and if not, why",
         run=_run_doctor,
-        add_arguments=_add_doctor_arguments,
+        add_arguments=add_doctor_arguments,
     ),
-    "plan": _Command(
+    "plan": Command(
         help="say what a job will hold and move, and the largest active_layers that fits, before it is launched",
         run=_run_plan,
         add_arguments=_add_plan_arguments,
     ),
-    "report": _Command(
+    "report": Command(
         help="draw what a run did, or two side by side, from its grass.jsonl",
         run=_run_report,
         add_arguments=_add_report_arguments,

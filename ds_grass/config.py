@@ -1,51 +1,26 @@
 """The ``grass`` block of ds_config.json: its keys, its rules, and the one line said when it is wrong.
 
 Contract: :func:`parse_block` turns the block into a frozen :class:`GrassConfig` or raises ``ValueError`` with
-a single line: which key, what was given, what is allowed, what to do. Types are strict: ``true`` is no
-integer, ``2.0`` is no integer, NaN is no number. ``null`` means that the package decides and prints what it
-decided; no value is ever ``"auto"``, the word that the Trainer and Accelerate claim for the whole file.
+a single line, as :mod:`ds_grass.block` has it. ``null`` means that the package decides and prints what it
+decided.
 Not covered: the other keys of ds_config (see :mod:`ds_grass.conflicts`), and anything that takes a model to
 know, except through :meth:`GrassConfig.check_layers` and :meth:`GrassConfig.probe_steps_for`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import reprlib
-from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from .block import LARGEST, Block, FileName, distinct, fingerprint, key, parse, shown, whole
+
+__all__ = ["GrassConfig", "LogConfig", "StatesConfig", "fingerprint", "parse_block", "shown"]
 
 _PROBE_STEPS = 10
 _PERIOD_STEPS = 50
-_LARGEST = 2**31 - 1
 _LARGEST_SEED = 2**63 - 1  # what a torch.Generator takes without wrapping round
-
-_printer = reprlib.Repr()
-_printer.maxstring = _printer.maxother = 60
-
-
-def shown(value: object) -> str:
-    """`value` as error messages quote it: its repr, shortened, on one line."""
-    try:
-        return " ".join(_printer.repr(value).splitlines())
-    except ValueError:  # Python refuses to print integers of more than 4300 digits
-        return f"<{type(value).__name__} too long to print>"
-
-
-def _key(default: Any, allowed: str, *, write: str | None = None, **bounds: Any) -> Any:
-    """A field with what its error message says: the `allowed` values, and what to `write` (the default)."""
-    write = write or json.dumps(default)
-    return Field(default, json_schema_extra={"allowed": allowed, "write": write}, **bounds)
-
-
-def _whole(smallest: int, largest: int = _LARGEST) -> str:
-    return f"an integer from {smallest} to {largest}"
 
 
 def _module_path(path: str) -> str:
@@ -54,68 +29,51 @@ def _module_path(path: str) -> str:
     return path
 
 
-def _distinct(paths: list[str]) -> list[str]:
-    if len(set(paths)) != len(paths):
-        raise ValueError("a path is named twice")
-    return paths
-
-
-def _file_name(path: str) -> str:
-    if path == "auto" or not path.strip() or b"\0" in os.fsencode(path):
-        raise ValueError("not a file name")
-    return path
-
-
 ModulePath = Annotated[str, AfterValidator(_module_path)]
-ModulePaths = Annotated[list[ModulePath], Field(min_length=1), AfterValidator(_distinct)]
-FileName = Annotated[str, AfterValidator(_file_name)]
+ModulePaths = Annotated[list[ModulePath], Field(min_length=1), AfterValidator(distinct)]
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class StatesConfig(_Block):
+class StatesConfig(Block):
     """Where moments and master weights are kept, and in what precision."""
 
-    mode: Literal["resident", "stream"] | None = _key(None, '"resident", "stream" or null')
+    mode: Literal["resident", "stream"] | None = key(None, '"resident", "stream" or null')
     """`resident`: the states of the active blocks stay on the device. `stream`: they pass through a few slots
     around each update, which takes less device memory and more traffic. The numbers are the same, bit for
     bit. null: starts as `stream`, settled on all ranks by the memory measured in the first training step."""
 
-    dtype: Literal["fp32", "bf16"] = _key("fp32", '"fp32" or "bf16"')
+    dtype: Literal["fp32", "bf16"] = key("fp32", '"fp32" or "bf16"')
     """Of the two Adam moments: 8 bytes a parameter in fp32, 4 in bf16. Arithmetic is fp32 in both."""
 
-    master_weights: bool = _key(True, "true or false")
+    master_weights: bool = key(True, "true or false")
     """Keep an fp32 copy beside low-precision weights, 4 bytes a parameter. false: bf16 weights are updated in
     place with stochastic rounding. Without effect in fp32 training, where the weights are their own master
     copy; refused with fp16."""
 
-    pin_memory: bool = _key(True, "true or false")
+    pin_memory: bool = key(True, "true or false")
     """Page-lock the host memory of the states, which asynchronous copies need. false: for hosts with a small
     memlock limit; copies then wait for each other."""
 
-    buffers: int = _key(2, _whole(2), ge=2, le=_LARGEST)
+    buffers: int = key(2, whole(2), ge=2, le=LARGEST)
     """Device slots that states pass through, each as large as the largest block. Used by `stream` only."""
 
 
-class LogConfig(_Block):
+class LogConfig(Block):
     """The record of draws and refreshes, one JSON object a line, written by rank 0."""
 
-    enabled: bool = _key(True, "true or false")
+    enabled: bool = key(True, "true or false")
     """Write the log."""
 
-    path: FileName | None = _key(None, "a file name or null", write='null or "grass.jsonl"')
+    path: FileName | None = key(None, "a file name or null", write='null or "grass.jsonl"')
     """null: grass.jsonl in the working directory of rank 0. Without effect when `enabled` is false."""
 
 
-class GrassConfig(_Block):
+class GrassConfig(Block):
     """The whole block. Symbols in brackets are those of the paper, arXiv 2604.07808."""
 
-    enabled: bool = _key(True, "true or false")
+    enabled: bool = key(True, "true or false")
     """false: DeepSpeed runs as if there were no block. The block is still checked."""
 
-    policy: Literal["grass", "static", "top_k", "lisa", "cyclic"] = _key(
+    policy: Literal["grass", "static", "top_k", "lisa", "cyclic"] = key(
         "grass", '"grass", "static", "top_k", "lisa" or "cyclic"'
     )
     """How blocks are chosen. `grass`: drawn by importance, which is refreshed. `static`: drawn by importance
@@ -123,10 +81,10 @@ class GrassConfig(_Block):
     uniformly. `cyclic`: in turn. The last two measure nothing: `refresh_period`, `temperature`, `ema` and
     `exploration` are then without effect."""
 
-    active_layers: int = _key(2, _whole(1), ge=1, le=_LARGEST)
+    active_layers: int = key(2, whole(1), ge=1, le=LARGEST)
     """Blocks trained at once [gamma]; at most as many as the model has."""
 
-    layers: ModulePath | ModulePaths | None = _key(
+    layers: ModulePath | ModulePaths | None = key(
         None,
         "a dotted module path, a list of different ones, or null",
         write='null or a path such as "model.layers"',
@@ -134,43 +92,43 @@ class GrassConfig(_Block):
     """The repeated module list whose entries are the blocks, or several that are drawn from together. null:
     found by the structure of the model."""
 
-    outer: Literal["always", "never"] | ModulePaths = _key(
+    outer: Literal["always", "never"] | ModulePaths = key(
         "always",
         '"always", "never" or a list of different module paths',
         write='"always" or a list such as ["lm_head"]',
     )
     """What trains outside the blocks (embeddings, final norm, head): all, nothing, or these modules only."""
 
-    probe_steps: int | None = _key(None, _whole(0) + " or null", ge=0, le=_LARGEST)
+    probe_steps: int | None = key(None, whole(0) + " or null", ge=0, le=LARGEST)
     """Optimizer steps without update in which every block is measured before the first draw [T_p]. They use
     up steps and data of the script. null: 10, or as many as reach every block: when gradients are
     accumulated, blocks are probed `active_layers` at a time. 0: start with equal importance. null or 0 for
     `lisa` and `cyclic`."""
 
-    sampling_period: int | None = _key(_PERIOD_STEPS, _whole(1) + " or null", ge=1, le=_LARGEST)
+    sampling_period: int | None = key(_PERIOD_STEPS, whole(1) + " or null", ge=1, le=LARGEST)
     """Applied optimizer steps between two draws [T_s]. null: draw once and stay."""
 
-    refresh_period: int | None = _key(_PERIOD_STEPS, _whole(1) + " or null", ge=1, le=_LARGEST)
+    refresh_period: int | None = key(_PERIOD_STEPS, whole(1) + " or null", ge=1, le=LARGEST)
     """Applied optimizer steps between two refreshes of importance [T_u], a multiple of `sampling_period`.
     null: never. Left out: 50, rounded up to a multiple of the `sampling_period` that was given; never, if
     that is null."""
 
-    temperature: float = _key(0.5, "a finite number above 0", gt=0)
+    temperature: float = key(0.5, "a finite number above 0", gt=0)
     """Of the softmax over importance divided by its mean [tau]. Small: the largest wins; large: uniform."""
 
-    ema: float = _key(0.5, "a number above 0 and at most 1", gt=0, le=1)
+    ema: float = key(0.5, "a number above 0 and at most 1", gt=0, le=1)
     """Weight of the newest window when importance is refreshed [alpha]. 1: forget the past."""
 
-    exploration: float = _key(0.0, "a number from 0 to 1", ge=0, le=1)
+    exploration: float = key(0.0, "a number from 0 to 1", ge=0, le=1)
     """Share of a uniform draw mixed into the probabilities [epsilon]."""
 
-    seed: int = _key(1234, _whole(0, _LARGEST_SEED), ge=0, le=_LARGEST_SEED)
+    seed: int = key(1234, whole(0, _LARGEST_SEED), ge=0, le=_LARGEST_SEED)
     """Of the sampler's own generator; the same on all ranks."""
 
-    states: StatesConfig = _key(StatesConfig(), "an object", write="{}")
+    states: StatesConfig = key(StatesConfig(), "an object", write="{}")
     """See :class:`StatesConfig`."""
 
-    log: LogConfig = _key(LogConfig(), "an object", write="{}")
+    log: LogConfig = key(LogConfig(), "an object", write="{}")
     """See :class:`LogConfig`."""
 
     @property
@@ -218,7 +176,7 @@ class GrassConfig(_Block):
         period = block.get("sampling_period", _PERIOD_STEPS)
         if period is None:
             return {**block, "refresh_period": None}
-        if type(period) is int and 1 <= period <= _LARGEST:
+        if type(period) is int and 1 <= period <= LARGEST:
             return {**block, "refresh_period": _round_up(_PERIOD_STEPS, period)}
         return block
 
@@ -248,77 +206,10 @@ class GrassConfig(_Block):
         return self
 
 
-_Path = tuple[str, ...]
-_OBJECTS: dict[_Path, type[_Block]] = {(): GrassConfig, ("states",): StatesConfig, ("log",): LogConfig}
-
-
 def parse_block(block: object) -> GrassConfig:
     """The parsed ``grass`` block. Raises ``ValueError`` with one line about the first key that is wrong."""
-    if not isinstance(block, dict):
-        raise ValueError(
-            f'grass is {shown(block)}; allowed: an object such as {{"active_layers": 2}}; write '
-            '"grass": {} to take every default, or remove the key'
-        )
-    for parent, key in _unknown_keys(block):
-        raise ValueError(_describe_unknown(parent, key, shown(_at(block, parent)[key])))
-    try:
-        return GrassConfig.model_validate(block)
-    except ValidationError as wrong:
-        raise ValueError(_describe_values(wrong, block)) from None
-
-
-def fingerprint(config: GrassConfig) -> str:
-    """SHA-256 (hex) of all that must agree between ranks: every key but those of the log."""
-    agreed = config.model_dump(exclude={"log"})
-    return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return parse(block, GrassConfig, "grass", '{"active_layers": 2}')
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def _at(block: Any, path: _Path) -> Any:
-    for key in path:
-        block = block.get(key)
-    return block
-
-
-def _dotted(parent: _Path, key: object) -> str:
-    readable = isinstance(key, str) and key.isidentifier() and len(key) < 60
-    return ".".join(("grass", *parent, key if readable else shown(key)))
-
-
-def _unknown_keys(block: dict[Any, Any]) -> Iterator[tuple[_Path, object]]:
-    for parent, model in _OBJECTS.items():
-        given = _at(block, parent)
-        for key in given if isinstance(given, dict) else ():
-            if not (isinstance(key, str) and key in model.model_fields):
-                yield parent, key
-
-
-def _describe_unknown(parent: _Path, key: object, given: str) -> str:
-    here = _OBJECTS[parent].model_fields
-    names = {leaf: _dotted(path, leaf) for path, model in _OBJECTS.items() for leaf in model.model_fields}
-    names |= {leaf: _dotted(parent, leaf) for leaf in here}
-    typed = str(key)[:60].lower() if isinstance(key, str) else ""
-    near = get_close_matches(typed, here, 1) or get_close_matches(typed, names, 1)
-    advice = f"did you mean {names[near[0]]}?" if near else "remove it"
-    name, allowed = _dotted(parent, key), ", ".join(here)
-    return f"{name} is {given}, but there is no such key; allowed: {allowed}; {advice}"
-
-
-def _describe_values(wrong: ValidationError, block: dict[Any, Any]) -> str:
-    """What is wrong with the first key, and the names of the others."""
-    errors = wrong.errors(include_url=False, include_input=False)
-    if not errors[0]["loc"]:  # from _check_keys_together
-        return str(errors[0]["ctx"]["error"])
-    # a location goes on into union branches and list indices; the key is what comes before those
-    paths = [error["loc"][: 2 if error["loc"][:1] in _OBJECTS else 1] for error in errors]
-    *parent, key = path = paths[0]
-    given = shown(_at(block, path))
-    allowed = _OBJECTS[tuple(parent)].model_fields[key].json_schema_extra
-    auto = ", a word that is for the Trainer and Accelerate only" if given == "'auto'" else ""
-    name = _dotted(tuple(parent), key)
-    others = sorted({_dotted(p[:-1], p[-1]) for p in paths} - {name})
-    also = f" (also wrong: {', '.join(others)})" if others else ""
-    return f'{name} is {given}{auto}; allowed: {allowed["allowed"]}; write "{key}": {allowed["write"]}{also}'

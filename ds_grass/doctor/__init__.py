@@ -109,20 +109,25 @@ def _symbols() -> Iterator[Finding]:
 
 
 def _activation(timeout_s: float) -> Iterator[Finding]:
-    declared = [entry.value for entry in entry_points(group="torch.backends") if entry.name == "ds_grass"]
-    if declared:
-        yield Finding("activation", "entry point", f"torch.backends: {declared[0]}")
+    yield from declared("ds_grass", "deepspeed.initialize")
+    if _installed("torch") is not None:
+        yield from _hook_in_a_fresh_interpreter(timeout_s)
+
+
+def declared(package: str, before: str) -> Iterator[Finding]:
+    """Whether PyTorch will call the entry point; else `package` is to be imported `before` something."""
+    found = [entry.value for entry in entry_points(group="torch.backends") if entry.name == "ds_grass"]
+    if found:
+        yield Finding("activation", "entry point", f"torch.backends: {found[0]}")
     else:
-        cure = "pip install ds-grass into this environment, or import ds_grass in the script"
+        cure = f"pip install ds-grass into this environment, or import {package} in the script"
         yield Finding("activation", "entry point", "not found", "problem", cure)
     switch = os.environ.get(_SWITCH)
     if switch in (None, "1"):
         yield Finding("activation", _SWITCH, "not set" if switch is None else switch)
     else:
-        cure = "unset it, or import ds_grass in the script before deepspeed.initialize"
+        cure = f"unset it, or import {package} in the script before {before}"
         yield Finding("activation", _SWITCH, f"{switch}: switched off", "problem", cure)
-    if _installed("torch") is not None:
-        yield from _hook_in_a_fresh_interpreter(timeout_s)
 
 
 def _hook_in_a_fresh_interpreter(timeout_s: float) -> Iterator[Finding]:
@@ -171,7 +176,12 @@ def _trainer_hook(found: dict) -> Iterator[Finding]:
 
 def _probe(timeout_s: float) -> dict:
     """What a script sees that imports torch and DeepSpeed and knows nothing of this package."""
-    command = [sys.executable, "-c", _PROBE]
+    return ask_fresh_interpreter(_PROBE, timeout_s)
+
+
+def ask_fresh_interpreter(source: str, timeout_s: float) -> dict:
+    """What `source` writes as JSON after the word "probe:". ValueError where it writes none."""
+    command = [sys.executable, "-c", source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     _, found, answer = done.stdout.rpartition("probe:")
     if not found:

@@ -49,7 +49,7 @@ def read_run(path: str | Path, run_id: str | None = None) -> Run:
     by_run: dict[str, list[dict]] = {}
     broken = 0
     try:
-        for line in _lines(path):
+        for line in read_lines(path):
             if line is None:
                 broken += 1
             else:
@@ -63,7 +63,7 @@ def read_run(path: str | Path, run_id: str | None = None) -> Run:
     return _run(path, chosen, by_run[chosen], broken)
 
 
-def _lines(path: Path) -> Iterator[dict | None]:
+def read_lines(path: Path) -> Iterator[dict | None]:
     """Every line with a run and an event, None for one that is broken. One being written is left out."""
     with open(path, "rb") as file:
         for raw in file:

@@ -1,4 +1,4 @@
-"""grass.jsonl: what a run has to tell, a JSON object a line.
+"""grass.jsonl, and the logs like it: what a run has to tell, a JSON object a line.
 
 Contract: telling never harms the job. A log that cannot be written is one warning and then silence; values
 that are not JSON are turned into some that are. Nothing is written per step unless the engine asks for it.
@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from ds_grass.telemetry import log_cut
 
@@ -24,16 +24,22 @@ logger = logging.getLogger(__name__)
 DEFAULT_LOG_NAME = "grass.jsonl"
 
 
-class GrassLog:
+class JsonLog:
     """Appends JSON lines to one file, from one rank.
 
     Each line is one unbuffered write, so that a killed job loses no line that was reported, several engines
     may share a file, and nothing is left to fail at exit. `run_id` tells the runs of a file apart.
     """
 
+    block: ClassVar[str]
+    """The block of ds_config whose `log` it is; warnings name it."""
+
+    default_name: ClassVar[str]
+    """Of the file."""
+
     def __init__(self, path: str | None, enabled: bool, is_writer: bool) -> None:
-        """`path` None: grass.jsonl in the working directory. Only `is_writer` touches the file system."""
-        self.path = Path(path or DEFAULT_LOG_NAME)
+        """`path` None: `default_name` in the working directory. Only `is_writer` touches the file system."""
+        self.path = Path(path or self.default_name)
         self.run_id = uuid.uuid4().hex
         self._file: BinaryIO | None = None
         if enabled and is_writer:
@@ -55,22 +61,6 @@ class GrassLog:
         except OSError as error:
             self._give_up(error)
 
-    def resume(self, run_id: str, position: log_cut.Position) -> None:
-        """Go on as run `run_id`, whose lines beyond `position` are undone and leave the file, as do those that
-        this process wrote under another id and without having trained. Lines of other runs stay."""
-        before, self.run_id = self.run_id, run_id
-        if self._file is None:
-            return
-        try:
-            if self.path.is_file():  # not a pipe or a device
-                log_cut.cut(self.path, run_id, before, position)
-        except OSError as error:
-            logger.warning(
-                "grass.log.path: %s cannot be rewritten (%s); lines beyond the resumed step stay in it",
-                self.path,
-                error,
-            )
-
     def close(self) -> None:
         """Close the file; later writes are ignored."""
         if self._file is not None:
@@ -78,7 +68,7 @@ class GrassLog:
             try:
                 file.close()
             except OSError as error:  # a network file system may report the last write only here
-                logger.warning("grass.log: closing %s failed: %s", self.path, error)
+                logger.warning("%s.log: closing %s failed: %s", self.block, self.path, error)
 
     def _open(self) -> None:
         try:
@@ -104,15 +94,36 @@ class GrassLog:
             rest = rest[self._file.write(rest) :]
 
     def _give_up(self, error: OSError | ValueError) -> None:
-        logger.warning(
-            "grass.log.path: %s cannot be written (%s); training goes on without this log", self.path, error
-        )
+        logger.warning("%s.log.path: %s cannot be written (%s); training goes on without this log",
+                       self.block, self.path, error)  # fmt: skip
         file, self._file = self._file, None
         if file is not None:
             try:
                 file.close()
             except OSError:  # already reported; the descriptor is released all the same
                 pass
+
+
+class GrassLog(JsonLog):
+    """The log of the `grass` block, which follows a resumed run back to its checkpoint."""
+
+    block, default_name = "grass", DEFAULT_LOG_NAME
+
+    def resume(self, run_id: str, position: log_cut.Position) -> None:
+        """Go on as run `run_id`, whose lines beyond `position` are undone and leave the file, as do those that
+        this process wrote under another id and without having trained. Lines of other runs stay."""
+        before, self.run_id = self.run_id, run_id
+        if self._file is None:
+            return
+        try:
+            if self.path.is_file():  # not a pipe or a device
+                log_cut.cut(self.path, run_id, before, position)
+        except OSError as error:
+            logger.warning(
+                "grass.log.path: %s cannot be rewritten (%s); lines beyond the resumed step stay in it",
+                self.path,
+                error,
+            )
 
 
 def _plain(value: Any) -> Any:

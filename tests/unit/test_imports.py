@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 ORDER = """
     ds_grass.activate
 
+    ds_grass.block
     ds_grass.config
     ds_grass.conflicts
     ds_grass.layers
@@ -118,7 +119,72 @@ ORDER = """
     ds_grass.cli
 
     megatron_ext.mpu
+    megatron_ext.sequence_parallel
+    megatron_ext.sequence_parallel.names
+    megatron_ext.config
+    megatron_ext.locate
+    megatron_ext.compat
+    megatron_ext.board
+    megatron_ext.in_flight
+    megatron_ext.telemetry
+
+    megatron_ext.sequence_parallel.layout
+    megatron_ext.sequence_parallel.collectives
+    megatron_ext.sequence_parallel.tile_kernels
+    megatron_ext.sequence_parallel.key_values
+    megatron_ext.sequence_parallel.attention
+    megatron_ext.sequence_parallel.linears
+    megatron_ext.sequence_parallel.strategies.layer
+    megatron_ext.sequence_parallel.strategies.gathered
+    megatron_ext.sequence_parallel.strategies.megatron_ts
+    megatron_ext.sequence_parallel.strategies.ulysses
+    megatron_ext.sequence_parallel.strategies.local_queries
+    megatron_ext.sequence_parallel.strategies.context
+    megatron_ext.sequence_parallel.strategies.ring
+    megatron_ext.sequence_parallel.strategies.metp
+    megatron_ext.sequence_parallel.strategies
+
+    megatron_ext.sequence_parallel.layer_shape
+    megatron_ext.sequence_parallel.closed_forms
+    megatron_ext.sequence_parallel.memory_forms
+    megatron_ext.sequence_parallel.cluster
+    megatron_ext.sequence_parallel.profile
+    megatron_ext.sequence_parallel.least_squares
+    megatron_ext.sequence_parallel.cost_model
+    megatron_ext.sequence_parallel.forest
+    megatron_ext.sequence_parallel.held_out
+    megatron_ext.sequence_parallel.choice
+    megatron_ext.sequence_parallel.recomputed
+    megatron_ext.sequence_parallel.planner
+    megatron_ext.sequence_parallel.truths
+    megatron_ext.sequence_parallel.simulator
+
+    megatron_ext.sequence_parallel.host
+    megatron_ext.sequence_parallel.host.linears
+    megatron_ext.sequence_parallel.host.rotary
+    megatron_ext.sequence_parallel.host.attention
+    megatron_ext.sequence_parallel.host.feed_forward
+    megatron_ext.sequence_parallel.shape_of
+    megatron_ext.sequence_parallel.micro_batch
+    megatron_ext.sequence_parallel.switch
+    megatron_ext.sequence_parallel.stopwatch
+    megatron_ext.sequence_parallel.budget
+    megatron_ext.sequence_parallel.memory_probe
+    megatron_ext.sequence_parallel.calibration
+    megatron_ext.sequence_parallel.block_policy
+    megatron_ext.job
+    megatron_ext.deepspeed_engine
+    megatron_ext.hooks
     megatron_ext
+
+    megatron_ext.described_model
+    megatron_ext.described_job
+    megatron_ext.plan
+    megatron_ext.report
+    megatron_ext.picture
+    megatron_ext.tables
+    megatron_ext.doctor
+    megatron_ext.cli
 """.split()
 
 LAZY_ROOT = "ds_grass"

@@ -1,0 +1,68 @@
+"""The seam to Megatron-core: what is called when the modules that build models have been imported.
+
+`TransformerBlock.__init__` is wrapped because it is the one place that every model goes through, each virtual stage of
+a pipeline too, after process groups are there and before DDP, an optimizer or DeepSpeed has seen the parameters.
+Without a ``megatron_ext`` block in a config the wrapper calls the original and does nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+MARK = "__megatron_ext_wrapped__"
+
+
+def install_block(module: ModuleType) -> None:
+    """Wrap ``TransformerBlock.__init__``, once. Called when megatron.core.transformer.transformer_block is imported."""
+    _after_init(module.TransformerBlock, _adopt)
+
+
+def install_gpt(module: ModuleType) -> None:
+    """Wrap ``GPTModel.__init__``: it alone knows how many logits its last stage computes."""
+    _after_init(module.GPTModel, _tell_vocabulary)
+
+
+def install_engine(module: ModuleType) -> None:
+    """Wrap ``DeepSpeedEngine.__init__``. Called when deepspeed.runtime.engine is imported."""
+    _after_init(module.DeepSpeedEngine, _join_engine)
+
+
+def _after_init(owner: type, then: Any) -> None:
+    original = owner.__init__
+    if MARK in vars(original) and vars(original)[MARK] is then:
+        return
+
+    @functools.wraps(original)
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        then(self, kwargs)
+
+    setattr(build, MARK, then)
+    owner.__init__ = build
+
+
+def _adopt(block: Any, _kwargs: dict[str, Any]) -> None:
+    from . import job
+
+    found = job.current()
+    if found is not None:
+        found.adopt(block)
+
+
+def _tell_vocabulary(model: Any, _kwargs: dict[str, Any]) -> None:
+    from . import job
+
+    found = job.current()
+    if found is not None and model.post_process and hasattr(model, "decoder"):
+        found.set_vocabulary(model.decoder, model.vocab_size)
+
+
+def _join_engine(engine: Any, kwargs: dict[str, Any]) -> None:
+    parsed = getattr(kwargs.get("config_class"), "_param_dict", None)
+    if not isinstance(parsed, dict) or "megatron_ext" not in parsed:
+        return
+    from . import deepspeed_engine
+
+    deepspeed_engine.join(engine, parsed)

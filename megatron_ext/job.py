@@ -1,0 +1,262 @@
+"""The job: the one place that knows the config, the blocks that were adopted, and how to let go of them.
+
+A process has one job, made when the first block is found in a config or by :func:`apply`, ended by :func:`remove`.
+Adopting a ``TransformerBlock`` checks everything that can be known from the model and compares it between the ranks of
+the tensor-parallel group through the store; nothing runs yet.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import compat
+from .board import Board
+from .config import MegatronExtConfig, parse_block, refuse_unbuilt
+from .locate import Located, locate
+from .sequence_parallel import switch
+from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
+from .sequence_parallel.micro_batch import MicroBatch
+from .sequence_parallel.names import NATIVE
+from .sequence_parallel.stopwatch import Stopwatch
+from .telemetry import Phase, StartFacts, Telemetry, layers_by_strategy
+
+logger = logging.getLogger("megatron_ext")
+
+_numbers = itertools.count()
+
+
+class Job:
+    """What one config does in this process."""
+
+    def __init__(self, located: Located):
+        self.located = located
+        self.config: MegatronExtConfig = parse_block(located.block)
+        refuse_unbuilt(self.config)
+        self.telemetry = Telemetry(self.config.log, is_writer=_rank() == 0)
+        self._number = next(_numbers)
+        self._policies: dict[nn.Module, BlockPolicy] = {}
+        self._stopwatch = Stopwatch()
+        self.on_close = contextlib.ExitStack()
+        """What else must be taken out with the job."""
+        atexit.register(self._stopwatch.poll)  # before the telemetry's own, which was registered first
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Adopted blocks, in the order in which they were found."""
+        return list(self._policies)
+
+    def adopt(self, block: nn.Module) -> None:
+        """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        if block in self._policies or not self.config.sequence_parallel.enabled:
+            return
+        compat.check()
+        if not _can_switch(block):
+            return
+        policy = BlockPolicy(self._surroundings(block))
+        attached = switch.attach(block, policy)
+        try:
+            policy.attached(attached)
+            self._board(block).compare("the start", self._facts(block, policy))
+        except (ValueError, RuntimeError):
+            switch.detach(block)
+            raise
+        attached.begun, attached.finished = self._begun, self._finished
+        self._policies[block] = policy
+        if len(self._policies) == 1:
+            self.telemetry.start(self._start_facts(block, policy))
+        for number, reasons in attached.refusals().items():
+            logger.warning("megatron_ext: layer %s stays with %s: %s", number, NATIVE, "; ".join(reasons))
+
+    def set_vocabulary(self, block: nn.Module, size: int) -> None:
+        """How many logits a rank computes for a token at the end of this block."""
+        if block in self._policies:
+            self._policies[block].vocabulary = size
+
+    def close(self) -> None:
+        """Give all blocks back as they were."""
+        for block in self._policies:
+            switch.detach(block)
+        self._policies.clear()
+        self.on_close.close()
+        self._stopwatch.poll()
+        atexit.unregister(self._stopwatch.poll)
+        self.telemetry.close()
+
+    def _surroundings(self, block: nn.Module) -> Surroundings:
+        from ds_grass.agreement import ranks_on_node
+
+        return Surroundings(
+            self.config, self.telemetry, self._board(block), ranks_on_node() or dist.get_world_size()
+        )
+
+    def _board(self, block: nn.Module) -> Board:
+        from ds_grass.agreement import default_store
+
+        ranks = dist.get_process_group_ranks(switch.group_of(block))
+        place = len(self._policies)
+        return Board(default_store(), ranks, _rank(), f"megatron_ext/{self._number}/{ranks[0]}/{place}")
+
+    def _facts(self, block: nn.Module, policy: BlockPolicy) -> dict[str, Any]:
+        return {
+            "versions": _versions(),
+            **_by_key(self.config.model_dump(mode="json", exclude={"log"}), "megatron_ext"),
+            "layers": [layer.layer_number for layer in block.layers],
+            "refused strategies": policy.refused(),
+        }
+
+    def _start_facts(self, block: nn.Module, policy: BlockPolicy) -> StartFacts:
+        from megatron.core import parallel_state
+
+        from .sequence_parallel.budget import limit_of
+
+        refused = policy.refused()
+        settings = self.config.sequence_parallel
+        wanted = [settings.strategy] if settings.strategy else settings.strategies
+        source = settings.cost_model.load or ("none" if settings.strategy else "a profile at start")
+        surroundings = self._surroundings(block)
+        return StartFacts(
+            source=str(self.located),
+            config=self.config.model_dump(mode="json"),
+            versions=_versions(),
+            world_size=dist.get_world_size(),
+            tensor_parallel=switch.group_of(block).size(),
+            pipeline_parallel=parallel_state.get_pipeline_model_parallel_world_size(),
+            data_parallel=parallel_state.get_data_parallel_world_size(),
+            num_layers=len(block.layers),
+            allowed=tuple(name for name in wanted if name not in refused),
+            refused=refused,
+            limit_bytes=limit_of(
+                self.config.memory, next(block.parameters()).device, surroundings.ranks_on_node
+            ),
+            cost_model=f"{settings.cost_model.kind}, from {source}",
+        )
+
+    def counters(self) -> dict[str, dict[int, dict[str, int]]]:
+        """What ran on this rank: :meth:`megatron_ext.telemetry.Counters.snapshot`."""
+        self._stopwatch.poll()
+        return self.telemetry.counters.snapshot()
+
+    def _begun(self, micro_batch: MicroBatch, block_input: torch.Tensor) -> None:
+        self._stopwatch.poll()
+
+        def finished(seconds: float, peak_bytes: int | None) -> None:
+            self._count(micro_batch, "recomputed")
+            for name, layers in layers_by_strategy(micro_batch.names).items():
+                self.telemetry.counters.count(name, micro_batch.length, "backward", layers)
+            self.telemetry.ran(
+                micro_batch.batch,
+                micro_batch.length,
+                micro_batch.names,
+                seconds=seconds,
+                peak_bytes=peak_bytes,
+            )
+
+        micro_batch.run = self._stopwatch.start(block_input.device, finished)
+
+    def _finished(self, micro_batch: MicroBatch, block_input: torch.Tensor, output: torch.Tensor) -> None:
+        # The run's callback holds the micro-batch: as a cycle they would keep masks and tables until a collection.
+        run, micro_batch.run = micro_batch.run, None
+        run.forward_ended(block_input, output)
+        self._count(micro_batch, "forward")
+
+    def _count(self, micro_batch: MicroBatch, phase: Phase) -> None:
+        for (counted, name), calls in micro_batch.calls.items():
+            if counted == phase:
+                self.telemetry.counters.count(name, micro_batch.length, phase, calls)
+
+
+_job: Job | None = None
+_looked = False
+
+
+def running() -> Job | None:
+    """The process's job where there is one already."""
+    return _job
+
+
+def current() -> Job | None:
+    """The process's job; the first call looks for a block in the config that the process was started with."""
+    global _job, _looked
+    if not _looked:
+        _looked = True
+        located = locate()
+        _job = None if located is None else Job(located)
+    return _job
+
+
+def apply(config: Any, model: nn.Module | None = None) -> Job | None:
+    """Use this ds_config, a file name or a dict, for transformer blocks built from now on and for those of `model`.
+
+    None where it has no ``megatron_ext`` block. A job that is running is ended first. Raises ValueError.
+    """
+    global _job, _looked
+    remove()
+    located = locate(config)
+    _job, _looked = (None if located is None else Job(located)), True
+    if _job is not None and model is not None:
+        for block in blocks_of(model):
+            _job.adopt(block)
+    return _job
+
+
+def remove() -> None:
+    """End the job, and look for no other: Megatron-core's modules and functions are as if there had never been one."""
+    global _job, _looked
+    job, _job, _looked = _job, None, True
+    if job is not None:
+        job.close()
+
+
+def _can_switch(block: nn.Module) -> bool:
+    """Whether there is anything to switch; ValueError where there is but the script's settings forbid it."""
+    if not len(block.layers):
+        return False  # a pipeline stage of its own for the embedding or the loss
+    config = block.config
+    size = switch.group_of(block).size()
+    if size == 1:
+        logger.info(
+            "megatron_ext: tensor_model_parallel_size is 1, so there is no group to spread a sequence over"
+        )
+        return False
+    if not config.sequence_parallel:
+        raise ValueError(
+            f"megatron_ext.sequence_parallel needs Megatron-core's own sequence parallelism, but sequence_parallel is "
+            f"False with tensor_model_parallel_size {size}; allowed: True; give the script --sequence-parallel, or "
+            'write "enabled": false in megatron_ext.sequence_parallel'
+        )
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"megatron_ext.sequence_parallel spreads sequences over the tensor-parallel group, but "
+            f"context_parallel_size is {config.context_parallel_size}; allowed: 1; use those ranks for "
+            'tensor_model_parallel_size, or write "enabled": false in megatron_ext.sequence_parallel'
+        )
+    return True
+
+
+def _by_key(block: dict[str, Any], path: str) -> dict[str, Any]:
+    """{dotted key: value}, so that one that differs is named."""
+    found = {}
+    for key, value in block.items():
+        inside = f"{path}.{key}"
+        found |= _by_key(value, inside) if isinstance(value, dict) else {inside: value}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from ds_grass import __version__
+
+    return {"ds-grass": __version__, "torch": torch.__version__, "megatron-core": version("megatron-core")}
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

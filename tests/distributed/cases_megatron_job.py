@@ -1,0 +1,152 @@
+"""From a `megatron_ext` block to plans that run: the planner's own choice, what it says, and its limits.
+
+Not covered: what a plan computes (cases_megatron_strategies.py), optimizer steps (cases_megatron_training.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_ext
+from megatron_ext.sequence_parallel.names import NATIVE, STRATEGIES
+from tests import megatron_models, plain_gpt
+from tests.distributed.harness import Context
+from tests.distributed.registry import case
+from tests.plain_gpt import GPT
+
+
+@contextmanager
+def applied(ctx: Context, sequence_parallel: dict, **block: object) -> Iterator[Path]:
+    """Inside, blocks that are built are switched; yields the log's path. Afterwards nothing is left."""
+    log = ctx.folder / f"{len(os.listdir(ctx.folder))}.jsonl"
+    torch.distributed.barrier()  # all have counted the files before one is written
+    block = {"sequence_parallel": sequence_parallel, "log": {"path": str(log)}, **block}
+    megatron_ext.apply({"megatron_ext": block})
+    try:
+        yield log
+    finally:
+        megatron_ext.remove()
+
+
+@case(ranks=(2, 4), strength=1, most_quick=1, kind=("analytical", "forest"))
+def plans_fit_their_limit_and_lose_nothing(ctx: Context, kind: str) -> dict:
+    """From plenty of memory to little: faster plans give way to leaner ones; gradients stay those of the plain GPT."""
+    gpt = GPT(layers=4, hidden=64, length=256)
+    weights, chosen = plain_gpt.full_weights(gpt), {}
+    batch = plain_gpt.make_batch(gpt, 0, length=256)
+    (expected,), exact = plain_gpt.loss_and_gradients(gpt, weights, [batch])
+    profile = ctx.folder / "profile.json"
+    with megatron_models.parallel_state(tp=ctx.world_size):
+        for limit in ("2GB", "20MB", "14MB"):
+            cost_model = {"kind": kind, "load": str(profile)} if profile.exists() else {"save": str(profile)}
+            with applied(ctx, {"smoothing": 0.0, "cost_model": cost_model}, memory={"limit": limit}) as log:
+                chunks = megatron_models.build(gpt)
+                loss = megatron_models.forward_backward(chunks, [batch])[0]
+                torch.distributed.barrier()
+                ran = {name for name, lengths in megatron_ext.counters().items() if lengths[256]["forward"]}
+            worst, where = megatron_models.largest_difference(megatron_models.gather_gradients(chunks), exact)
+            assert abs(loss - expected) <= 1e-12 * expected
+            assert worst <= 1e-12, f"{limit}: {where}: {worst:.1e}"
+            torch.distributed.barrier()
+            told = [json.loads(line) for line in log.read_text().splitlines()]
+            (plan,) = [line for line in told if line["event"] == "plan"]
+            (budget,) = [line for line in told if line["event"] == "budget"]
+            assert set(plan["layers"]) == ran
+            assert plan["fits"] == (plan["predicted_bytes"] <= budget["planned_bytes"])
+            chosen[limit] = plan["predicted_bytes"]
+    assert chosen["2GB"] >= chosen["20MB"] >= chosen["14MB"], chosen
+    assert chosen["2GB"] > chosen["14MB"], "no limit changed the plan"
+    return chosen
+
+
+@case(ranks=(2,), strength=1, name=STRATEGIES)
+def a_fixed_strategy_runs_everywhere(ctx: Context, name: str) -> dict:
+    """Forward, backward and recomputed, for every length."""
+    gpt = GPT()
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    with megatron_models.parallel_state(tp=2), applied(ctx, {"strategy": name}):
+        chunks = megatron_models.build(gpt, **full)
+        for length in (16, 48):
+            megatron_models.forward_backward(chunks, [plain_gpt.make_batch(gpt, length, length=length)])
+        counters = megatron_ext.counters()
+    once = {"forward": 2, "backward": 2, "recomputed": 2}
+    assert counters == {name: {16: once, 48: once}}, counters
+    return counters
+
+
+@case(ranks=(2,))
+def what_cannot_run_is_refused_before_any_collective(ctx: Context) -> None:
+    """By name where it was asked for, left out with its reason where it was only allowed."""
+    with megatron_models.parallel_state(tp=2):
+        with applied(ctx, {"strategy": "metp"}), pytest.raises(ValueError, match="metp needs whole KV heads"):
+            megatron_models.build(GPT(groups=1))
+        with applied(ctx, {}), pytest.raises(ValueError, match="sequence_parallel is False"):
+            megatron_models.build(GPT(), sequence_parallel=False)
+        with applied(ctx, {}) as log:
+            chunks = megatron_models.build(GPT(groups=1))
+            torch.distributed.barrier()
+            (start,) = [json.loads(line) for line in log.read_text().splitlines()]
+            assert "metp" in start["refused"]
+            assert "metp" not in start["allowed"]
+        with applied(ctx, {"strategies": ["ring", "metp"]}):
+            chunks = megatron_models.build(GPT())
+            with pytest.raises(ValueError, match="no multiple of 4"):
+                chunks[0](*_inputs(GPT(), length=18))
+        with applied(ctx, {}), pytest.raises(ValueError, match="cannot switch any layer"):
+            megatron_models.build(GPT(), window_size=(8, 0))
+
+
+@case(ranks=(2,))
+def removing_leaves_the_stock_model(ctx: Context) -> None:
+    """Bit for bit: outputs and gradients before, and after a step with other strategies."""
+    from megatron.core import tensor_parallel
+
+    gpt, batch = GPT(), plain_gpt.make_batch(GPT(), 0)
+    with megatron_models.parallel_state(tp=2):
+        original = tensor_parallel.checkpoint
+        chunks = megatron_models.build(gpt)
+        stock = _losses_and_gradients(chunks, batch)
+        parts = list(chunks[0].modules())
+        before = [set(vars(part)) for part in parts]  # a first run leaves caches of Megatron-core's own
+        with applied(ctx, {"strategy": "ring"}):
+            megatron_ext.apply({"megatron_ext": {"sequence_parallel": {"strategy": "ring"}}}, chunks[0])
+            switched = _losses_and_gradients(chunks, batch)
+            assert "ring" in megatron_ext.counters()
+        after = _losses_and_gradients(chunks, batch)
+        assert tensor_parallel.checkpoint is original
+        assert [set(vars(part)) for part in parts] == before
+    assert all(torch.equal(stock[name], after[name]) for name in stock)
+    assert not all(torch.equal(stock[name], switched[name]) for name in stock), "nothing else ran"
+
+
+@case(ranks=(2,))
+def without_a_block_nothing_is_touched(ctx: Context) -> None:
+    """No attribute on a module, no wrapper around Megatron's functions."""
+    from megatron.core import tensor_parallel
+
+    megatron_ext.remove()
+    with megatron_models.parallel_state(tp=2):
+        chunks = megatron_models.build(GPT())
+        assert not any("forward" in vars(part) for part in chunks[0].modules())
+        assert not hasattr(tensor_parallel.checkpoint, "__wrapped__")
+        assert megatron_ext.counters() == {}
+    assert NATIVE == STRATEGIES[0]
+
+
+def _losses_and_gradients(chunks: list, batch: plain_gpt.Batch) -> dict[str, torch.Tensor]:
+    for chunk in chunks:
+        chunk.zero_grad()
+    losses = megatron_models.forward_backward(chunks, [batch])
+    return megatron_models.gather_gradients(chunks) | {"loss": torch.tensor(losses)}
+
+
+def _inputs(gpt: GPT, length: int) -> tuple:
+    batch = plain_gpt.make_batch(gpt, 0, length=length)
+    return batch.tokens, batch.positions, None
