@@ -41,7 +41,8 @@ demo: $(BUILT)  ## fine-tune a small model with GRASS on two processes and compa
 
 test: lint $(BUILT)  ## lint, compile and test; at most 15 minutes
 	rm -f .coverage .coverage.*
-	$(PY) -m coverage run -m pytest -m "not slow" $(ARGS)
+	$(PY) -m coverage run -m pytest -m "not slow" $(or $(ARGS),--ignore=tests/unit)
+	$(if $(ARGS),,$(PY) -m coverage run -m pytest -m "not slow" -n 2 tests/unit)
 	$(PY) -m coverage combine --quiet
 	@rm -f .coverage.*  # what a killed process had half written
 	$(PY) -m coverage report --include="*/ds_grass/*" --fail-under=90

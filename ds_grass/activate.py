@@ -27,6 +27,7 @@ HOOKS: dict[str, str] = {
     "transformers.trainer": "ds_grass.trainer_hooks:install",
     "megatron.core.transformer.transformer_block": "megatron_ext.hooks:install_block",
     "megatron.core.models.gpt.gpt_model": "megatron_ext.hooks:install_gpt",
+    "megatron.core.pipeline_parallel.schedules": "megatron_ext.hooks:install_schedules",
 }
 """Module of a host -> each "module:function" of ours that is called with it. One table for both packages."""
 
@@ -34,6 +35,7 @@ OPTIONAL: dict[str, str] = {
     "transformers.trainer": "so the Trainer's log lacks the numbers of GRASS",
     "megatron.core.transformer.transformer_block": "so a `megatron_ext` block has no effect on its models",
     "megatron.core.models.gpt.gpt_model": "so plans of `megatron_ext` do not count the memory of logits",
+    "megatron.core.pipeline_parallel.schedules": "so `megatron_ext.recompute` plans for one micro-batch at a time",
 }
 """Hooks without which a `grass` block still runs -> what is missing then."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_grass import activate as _activate
 
-__all__ = ["apply", "counters", "mpu", "remove"]
+__all__ = ["apply", "counters", "mpu", "recompute_counters", "remove"]
 
 
 def apply(config: Any, model: Any = None) -> None:
@@ -39,6 +39,14 @@ def counters() -> dict[str, dict[int, dict[str, int]]]:
 
     running = job.running()
     return {} if running is None else running.counters()
+
+
+def recompute_counters() -> dict[str, dict[str, int]]:
+    """{choice: {"forward": layers, "recomputed": layers}} that ran on this rank: "none", "full", or modules."""
+    from . import job
+
+    running = job.running()
+    return {} if running is None or running.recomputation is None else running.recomputation.counters()
 
 
 def __getattr__(name: str) -> object:

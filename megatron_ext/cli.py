@@ -28,7 +28,12 @@ _LENGTHS = [1024 * 2**power for power in range(11)]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse `arguments` (default: the command line), run the subcommand, return its exit status."""
-    return dispatch("megatron_ext", "Sequence parallelism for Megatron-core: tools.", _COMMANDS, arguments)
+    return dispatch(
+        "megatron_ext",
+        "Sequence parallelism and recomputation for Megatron-core: tools.",
+        _COMMANDS,
+        arguments,
+    )
 
 
 def _run_doctor(parsed: argparse.Namespace) -> int:
@@ -88,7 +93,7 @@ def _run_plan(parsed: argparse.Namespace) -> int:
 
 
 def _planned(parsed: argparse.Namespace) -> Crossover:
-    from .config import NAME, MegatronExtConfig, parse_block, refuse_unbuilt
+    from .config import NAME, MegatronExtConfig, parse_block
     from .described_job import make_job
     from .described_model import read_model
     from .locate import read
@@ -101,7 +106,6 @@ def _planned(parsed: argparse.Namespace) -> Crossover:
         if NAME not in ds_config:
             raise ValueError(f'--config names {parsed.config}, which has no {NAME} block; add "{NAME}": {{}}')
         config = parse_block(ds_config[NAME])
-        refuse_unbuilt(config)
     job = make_job(
         read_model(parsed.model),
         find_cluster(parsed.cluster, "--cluster"),
@@ -117,8 +121,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", metavar="LOG", help="a megatron_ext.jsonl, or the folder that holds one")
     parser.add_argument("--run-id", metavar="ID",
                         help="which run of the file, or how its id begins; default: the last one")  # fmt: skip
-    parser.add_argument("-o", "--output", metavar="FILE", help="draw it there, as PNG")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("-o", "--output", metavar="FILE",
+                        help="draw it there, as PNG; what stages recompute, in FILE_memory and _timeline")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
 def _run_report(parsed: argparse.Namespace) -> int:
@@ -147,12 +152,14 @@ def _drawn(command: str, path: str | None, function: str, subject: object) -> bo
         sys.stderr.write(f"megatron_ext {command}: no picture without matplotlib ({error}): "
                          "pip install ds_grass[report]\n")  # fmt: skip
         return True
-    draw: Callable[[object, Path], None] = getattr(picture, function)
+    draw: Callable[[object, Path], list[Path]] = getattr(picture, function)
     try:
-        draw(subject, Path(path))
+        written = draw(subject, Path(path))
     except OSError as error:
         sys.stderr.write(f"megatron_ext {command}: -o {path} cannot be written: {error}\n")
         return False
+    if written != [Path(path)]:
+        sys.stderr.write(f"megatron_ext {command}: drawn: {', '.join(map(str, written)) or 'nothing'}\n")
     return True
 
 
@@ -185,7 +192,7 @@ _COMMANDS = {
         add_arguments=_add_plan_arguments,
     ),
     "report": Command(
-        help="say which strategy ran for which length, and what it took beside what was predicted",
+        help="say which strategy ran for which length, what each stage recomputes, and what was predicted",
         run=_run_report,
         add_arguments=_add_report_arguments,
     ),

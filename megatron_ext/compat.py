@@ -67,6 +67,8 @@ _CONFIG = "transformer.transformer_config:TransformerConfig"
 _PACKED = "packed_seq_params:PackedSeqParams"
 _GPT = "models.gpt.gpt_model:GPTModel"
 _DDP = "distributed:DistributedDataParallel"
+_SCHEDULES = "pipeline_parallel.schedules"
+_RANDOM = "tensor_parallel.random:CudaRNGStatesTracker"
 
 NEEDED: tuple[Need, ...] = (
     # where layers are found, and where a micro-batch's plan is taken
@@ -117,12 +119,49 @@ NEEDED: tuple[Need, ...] = (
     Need("tensor_parallel:checkpoint", "function", ("function", "distribute_saved_activations", "args")),
     Need(_DDP, "class"),
     Need(f"{_DDP}._make_forward_pre_hook", "function"),
+    # layers recomputed by a plan: where a block hands them over, and its settings that say so
+    Need(
+        f"{_BLOCK}._checkpointed_forward",
+        "function",
+        tuple(
+            "hidden_states attention_mask context context_mask rotary_pos_emb attention_bias packed_seq_params".split()
+        ),
+    ),
+    *_attributes(_BLOCK, "config"),
+    Need(
+        f"{_LAYER}._forward_attention",
+        "function",
+        (
+            *"hidden_states attention_mask context context_mask rotary_pos_emb attention_bias".split(),
+            *"inference_context packed_seq_params".split(),
+        ),
+    ),
+    *_attributes(_CONFIG, "recompute_granularity recompute_method recompute_num_layers fp8 cpu_offloading"),
+    *_attributes(_CONFIG, "microbatch_group_size_per_vp_stage window_size"),
+    # switches of dense layers; those of others are looked for in each layer
+    *_attributes(_LAYER, "recompute_input_layernorm recompute_pre_mlp_layernorm recompute_mlp"),
+    *_attributes(_LAYER, "input_layernorm pre_mlp_layernorm"),
+    *_attributes(_SELF_ATTENTION, "checkpoint_core_attention"),
+    # a probe leaves random states as they were
+    *_functions("tensor_parallel", "get_cuda_rng_tracker"),
+    *(Need(f"{_RANDOM}.{name}", "function") for name in ("get_states", "set_states")),
+    # when a step begins and ends, and what the emulator shares with it
+    *(
+        Need(f"{_SCHEDULES}:{name}", "function", ("num_microbatches", "forward_only"))
+        for name in (
+            "forward_backward_no_pipelining",
+            "forward_backward_pipelining_without_interleaving",
+            "forward_backward_pipelining_with_interleaving",
+        )
+    ),
+    *_functions(_SCHEDULES, "forward_step deallocate_output_tensor custom_backward"),
     # which ranks there are
     *_functions("parallel_state", "model_parallel_is_initialized get_tensor_model_parallel_group"),
     *_functions("parallel_state", "get_tensor_model_parallel_rank get_tensor_model_parallel_world_size"),
     *_functions("parallel_state", "get_pipeline_model_parallel_rank get_pipeline_model_parallel_world_size"),
     *_functions("parallel_state", "get_virtual_pipeline_model_parallel_world_size"),
     *_functions("parallel_state", "get_data_parallel_world_size get_context_parallel_world_size"),
+    Need("parallel_state:get_data_parallel_rank", "function", ("with_context_parallel",)),
 )
 
 

@@ -18,7 +18,7 @@ from ds_grass.block import Block, FileName, distinct, fingerprint, key, parse
 from ds_grass.telemetry.human import parse_bytes
 from megatron_ext.sequence_parallel.names import STRATEGIES
 
-__all__ = ["MegatronExtConfig", "fingerprint", "parse_block", "refuse_unbuilt"]
+__all__ = ["MegatronExtConfig", "fingerprint", "parse_block"]
 
 NAME = "megatron_ext"
 """What ds_config calls the block."""
@@ -157,7 +157,9 @@ class RecomputeConfig(Block):
     modules: ModuleNames | None = key(
         None, "a list of different names of modules, or null", write='null or a list such as ["core_attn"]'
     )
-    """Parts of a layer that may be recomputed by themselves, by Megatron-core's names. null: the package decides."""
+    """Parts of a layer that `stage_aware` may recompute by themselves, by Megatron-core's names: `core_attn`,
+    `layernorm`, `mlp`, `mla_up_proj`, `moe`, `moe_act`, `shared_experts`. One that the model cannot recompute by itself
+    is refused with the reason. null: all that it can."""
 
     plan: RecomputePlanConfig = key(RecomputePlanConfig(), "an object", write="{}")
     """See :class:`RecomputePlanConfig`."""
@@ -207,13 +209,3 @@ class MegatronExtConfig(Block):
 def parse_block(block: object) -> MegatronExtConfig:
     """The parsed ``megatron_ext`` block. Raises ``ValueError`` with one line about the first key that is wrong."""
     return parse(block, MegatronExtConfig, NAME, '{"sequence_parallel": {"strategy": null}}')
-
-
-def refuse_unbuilt(config: MegatronExtConfig) -> None:
-    """Raise ``ValueError`` for keys that are in the contract and not built yet."""
-    if config.recompute is not None and config.recompute.enabled:
-        raise ValueError(
-            f'megatron_ext.recompute is given with policy "{config.recompute.policy}", but this version does not plan '
-            'recomputation yet; allowed: no such key, or {"enabled": false}; remove it, and what the script itself '
-            "asks Megatron-core for stands"
-        )

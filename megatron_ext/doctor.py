@@ -24,8 +24,10 @@ from ds_grass.block import shown
 from ds_grass.doctor import ask_fresh_interpreter, declared
 from ds_grass.doctor.finding import Finding
 from megatron_ext import compat
-from megatron_ext.config import NAME, MegatronExtConfig, parse_block, refuse_unbuilt
+from megatron_ext.config import NAME, MegatronExtConfig, RecomputeConfig, RecomputePlanConfig, parse_block
 from megatron_ext.locate import OPTIONS, VARIABLE, read
+from megatron_ext.recompute.plan import KEY as PLAN_KEY
+from megatron_ext.recompute.plan import MODULES, read_plan
 
 NEEDED = ("ds-grass", "torch", "megatron-core", "pydantic", "rich")
 OPTIONAL = ("deepspeed", "flash-attn", "scikit-learn", "matplotlib")
@@ -162,21 +164,76 @@ def _config(path: str | None) -> Iterator[Finding]:
 def _block(block: object) -> Iterator[Finding]:
     try:
         config = parse_block(block)
-        refuse_unbuilt(config)
     except ValueError as error:
         yield Finding("config", NAME, str(error), "problem", "write what it says")
         return
-    if not config.sequence_parallel.enabled:
+    yield Finding("config", NAME, _told(config))
+    if config.sequence_parallel.enabled:
+        yield from _saved_measurements(config.sequence_parallel.cost_model.load)
+    else:
         cure = 'remove "enabled": false to run it'
         value = "switched off by megatron_ext.sequence_parallel.enabled"
-        yield Finding("config", NAME, value, "note", cure)
-        return
-    yield Finding("config", NAME, _told(config))
-    saved = config.sequence_parallel.cost_model.load
+        yield Finding("config", f"{NAME}.sequence_parallel", value, "note", cure)
+    if config.recompute is not None:
+        yield from _recompute(config.recompute)
+
+
+def _saved_measurements(saved: str | None) -> Iterator[Finding]:
     if saved is not None and not Path(saved).is_file():
         cure = 'write "load": null to measure at start'
         value = f"{saved} is no file here; it is looked for in the working directory of the job"
         yield Finding("config", "megatron_ext.sequence_parallel.cost_model.load", value, "note", cure)
+
+
+def _recompute(config: RecomputeConfig) -> Iterator[Finding]:
+    name = f"{NAME}.recompute"
+    if not config.enabled:
+        cure = 'remove "enabled": false to run it'
+        value = "switched off by megatron_ext.recompute.enabled: the script's own setting stands"
+        yield Finding("config", name, value, "note", cure)
+        return
+    yield Finding("config", name, _recompute_told(config))
+    unknown = [module for module in config.modules or () if module not in MODULES]
+    if unknown:
+        value = f"names {', '.join(unknown)}; allowed: {', '.join(MODULES)}, or null"
+        yield Finding("config", f"{name}.modules", value, "problem", "write null to let the package decide")
+    yield from _plan_files(config.plan)
+
+
+def _recompute_told(config: RecomputeConfig) -> str:
+    """Which plan, of what, and where it goes."""
+    if config.plan.load is not None:
+        return (
+            f"the plan of {config.plan.load}, verified but not measured; policy {config.policy} is not asked"
+        )
+    ratio = "" if config.ratio is None else f" with ratio {config.ratio:g}"
+    if config.policy != "stage_aware":
+        what = ", whole layers only, not measured" if config.policy != "none" else ", nothing is recomputed"
+    elif config.modules is None:
+        what = ", layers in full or every module that the model can recompute by itself"
+    else:
+        what = f", layers in full or {', '.join(config.modules)}"
+    saved = "not saved" if config.plan.save is None else f"saved to {config.plan.save}"
+    return f"policy {config.policy}{ratio}{what}; {saved}"
+
+
+def _plan_files(config: RecomputePlanConfig) -> Iterator[Finding]:
+    """Both are looked for from here, as from the working directory of the job."""
+    if config.load is not None:
+        try:
+            plan = read_plan(config.load)
+        except ValueError as error:
+            cure = 'name a plan, or write "load": null to make one at start'
+            yield Finding("config", PLAN_KEY, str(error), "problem", cure)
+        else:
+            layers = sum(len(chunk.layers) for chunk in plan.chunks.values())
+            stages = len({rank for rank, _ in plan.chunks})
+            value = f"{config.load}: policy {plan.policy}, {layers} layers on {stages} stages"
+            yield Finding("config", PLAN_KEY, value)
+    if config.save is not None and not Path(config.save).absolute().parent.is_dir():
+        key = "megatron_ext.recompute.plan.save"
+        value = f"{config.save} is to lie in a folder that is not here"
+        yield Finding("config", key, value, "note", "make the folder, or name another file")
 
 
 def _told(config: MegatronExtConfig) -> str:

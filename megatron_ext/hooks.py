@@ -12,6 +12,12 @@ from types import ModuleType
 from typing import Any
 
 MARK = "__megatron_ext_wrapped__"
+SCHEDULES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_without_interleaving",
+    "forward_backward_pipelining_with_interleaving",
+)
+"""Functions of megatron.core.pipeline_parallel.schedules that run one step."""
 
 
 def install_block(module: ModuleType) -> None:
@@ -22,6 +28,13 @@ def install_block(module: ModuleType) -> None:
 def install_gpt(module: ModuleType) -> None:
     """Wrap ``GPTModel.__init__``: it alone knows how many logits its last stage computes."""
     _after_init(module.GPTModel, _tell_vocabulary)
+
+
+def install_schedules(module: ModuleType) -> None:
+    """Wrap the schedules: they alone know how many micro-batches a step has, and when it begins and ends."""
+    for name in SCHEDULES:
+        _around(module, name, _step)
+    _around(module, "forward_step", _forward)
 
 
 def install_engine(module: ModuleType) -> None:
@@ -41,6 +54,41 @@ def _after_init(owner: type, then: Any) -> None:
 
     setattr(build, MARK, then)
     owner.__init__ = build
+
+
+def _around(module: ModuleType, name: str, run: Any) -> None:
+    original = getattr(module, name)
+    if vars(original).get(MARK) is run:
+        return
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(original, args, kwargs)
+
+    setattr(call, MARK, run)
+    setattr(module, name, call)
+
+
+def _step(original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from . import job
+
+    found = job.running()
+    if found is None or kwargs.get("forward_only") or "num_microbatches" not in kwargs:
+        return original(*args, **kwargs)
+    with found.step(kwargs["num_microbatches"]):
+        return original(*args, **kwargs)
+
+
+def _forward(original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from . import job
+
+    found = job.running()
+    if found is None:
+        return original(*args, **kwargs)
+    found.forward_begins()
+    result = original(*args, **kwargs)
+    found.forward_ended()
+    return result
 
 
 def _adopt(block: Any, _kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 
 from . import compat
 from .board import Board
-from .config import MegatronExtConfig, parse_block, refuse_unbuilt
+from .config import MegatronExtConfig, parse_block
 from .locate import Located, locate
+from .recompute.recomputation import Recomputation
 from .sequence_parallel import switch
 from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
 from .sequence_parallel.micro_batch import MicroBatch
@@ -39,9 +41,9 @@ class Job:
     def __init__(self, located: Located):
         self.located = located
         self.config: MegatronExtConfig = parse_block(located.block)
-        refuse_unbuilt(self.config)
         self.telemetry = Telemetry(self.config.log, is_writer=_rank() == 0)
         self._number = next(_numbers)
+        self.recomputation = self._recomputation()
         self._policies: dict[nn.Module, BlockPolicy] = {}
         self._stopwatch = Stopwatch()
         self.on_close = contextlib.ExitStack()
@@ -55,6 +57,12 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        self._adopt_strategies(block)
+        if self.recomputation is not None:
+            compat.check()
+            self.recomputation.adopt(block, self._board(block, "recompute"))
+
+    def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
             return
         compat.check()
@@ -85,6 +93,8 @@ class Job:
         for block in self._policies:
             switch.detach(block)
         self._policies.clear()
+        if self.recomputation is not None:
+            self.recomputation.close()
         self.on_close.close()
         self._stopwatch.poll()
         atexit.unregister(self._stopwatch.poll)
@@ -97,12 +107,41 @@ class Job:
             self.config, self.telemetry, self._board(block), ranks_on_node() or dist.get_world_size()
         )
 
-    def _board(self, block: nn.Module) -> Board:
+    def _recomputation(self) -> Recomputation | None:
+        from ds_grass.agreement import ranks_on_node
+
+        settings = self.config.recompute
+        if settings is None or not settings.enabled:
+            return None
+        ranks = ranks_on_node() or (dist.get_world_size() if dist.is_initialized() else 1)
+        return Recomputation(
+            settings, self.config.memory, self.telemetry, ranks, f"megatron_ext/{self._number}"
+        )
+
+    def step(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Around one training step that Megatron-core's schedule runs on this rank."""
+        if self.recomputation is None or not self.recomputation.plans:
+            return contextlib.nullcontext()
+        return self.recomputation.step(micro_batches)
+
+    def forward_begins(self) -> None:
+        """One forward pass of the schedule."""
+        if self.recomputation is not None:
+            self.recomputation.forward_begins()
+
+    def forward_ended(self) -> None:
+        """It has ended."""
+        if self.recomputation is not None:
+            self.recomputation.forward_ended()
+
+    def _board(self, block: nn.Module, what: str = "strategies") -> Board:
         from ds_grass.agreement import default_store
 
         ranks = dist.get_process_group_ranks(switch.group_of(block))
         place = len(self._policies)
-        return Board(default_store(), ranks, _rank(), f"megatron_ext/{self._number}/{ranks[0]}/{place}")
+        return Board(
+            default_store(), ranks, _rank(), f"megatron_ext/{self._number}/{what}/{ranks[0]}/{place}"
+        )
 
     def _facts(self, block: nn.Module, policy: BlockPolicy) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ds_grass.report.axes import BLACK, BLUE, GREEN, ORANGE, REFERENCE, RESTING, STYLE
 from megatron_ext.plan import Crossover, Point, title
+from megatron_ext.recompute_pictures import draw_stages
 from megatron_ext.report import Row, Run
 from megatron_ext.sequence_parallel.names import STRATEGIES
 
@@ -25,14 +26,20 @@ COLORS = dict(zip(STRATEGIES, (BLACK, BLUE, "#56b4e9", GREEN, ORANGE), strict=Tr
 _OTHER = "#cc79a7"
 
 
-def draw_crossover(crossover: Crossover, path: Path) -> None:
-    """Write the chart as PNG. OSError when `path` cannot be written."""
+def draw_crossover(crossover: Crossover, path: Path) -> list[Path]:
+    """Write the chart as PNG; which files were written. OSError when `path` cannot be."""
     _draw(path, 6.6, (2.4, 1.0, 1.8), lambda axes: _fill_crossover(axes, crossover))
+    return [path]
 
 
-def draw_run(run: Run, path: Path) -> None:
-    """Write what ran, measured and predicted, as PNG. OSError when `path` cannot be written."""
-    _draw(path, 6.0, (1.8, 1.8, 1.0), lambda axes: _fill_run(axes, run))
+def draw_run(run: Run, path: Path) -> list[Path]:
+    """Write what ran, measured and predicted, as PNG, and what the stages recompute beside it
+    (:func:`.recompute_pictures.draw_stages`); which files were written. OSError when one cannot be."""
+    written = []
+    if run.rows:
+        _draw(path, 6.0, (1.8, 1.8, 1.0), lambda axes: _fill_run(axes, run))
+        written.append(path)
+    return written if run.stages is None else [*written, *draw_stages(run.stages, path)]
 
 
 def _draw(path: Path, height: float, ratios: Sequence[float], fill: Callable[[list[Axes]], None]) -> None:

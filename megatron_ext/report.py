@@ -1,8 +1,10 @@
-"""``megatron_ext report``: which strategy ran for which length, and what it took beside what was predicted.
+"""``megatron_ext report``: which strategy ran for which length, what each pipeline stage recomputes, and what both took
+beside what was predicted.
 
 Contract: :func:`read_run` takes any megatron_ext.jsonl, also one that is still being written or was cut by a killed
 job. What it cannot use it counts; it fails, with a ReportError of one line, only where nothing is left to report.
-Not covered: showing it (:mod:`megatron_ext.tables`, :mod:`megatron_ext.picture`).
+Not covered: showing it (:mod:`megatron_ext.tables`, :mod:`megatron_ext.picture`,
+:mod:`megatron_ext.recompute_pictures`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_grass.report.log import ReportError, read_lines
+from megatron_ext import recompute_report
+from megatron_ext.recompute_report import Stages
 from megatron_ext.telemetry import DEFAULT_LOG_NAME
 
 __all__ = ["ReportError", "Row", "Run", "document", "read_run"]
@@ -43,11 +47,13 @@ class Run:
     facts: Mapping[str, Any]
     """The line that the run began with; empty where the file has none."""
     rows: tuple[Row, ...]
-    """At least one; by length, then by batch."""
+    """By length, then by batch. At least one where `stages` is None."""
     calls: Mapping[str, Mapping[str, Mapping[str, int]]]
     """Of layers on rank 0: strategy -> length -> phase -> count."""
     broken_lines: int
     """Lines of the file, of whichever run, that could not be used."""
+    stages: Stages | None = None
+    """What the pipeline's stages recompute; None where that was not told."""
 
 
 def read_run(path: str | Path, run_id: str | None = None) -> Run:
@@ -79,6 +85,7 @@ def document(run: Run) -> dict[str, Any]:
         "facts": dict(run.facts),
         "rows": [asdict(row) for row in run.rows],
         "calls": dict(run.calls),
+        "recompute": None if run.stages is None else recompute_report.document(run.stages),
     }
 
 
@@ -98,11 +105,17 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
     rows: dict[tuple[int, int, str], Row] = {}
     facts: Mapping[str, Any] = {}
     calls: Mapping[str, Any] = {}
+    stages: Stages | None = None
     for line in lines:
         if line["event"] == "start":
             facts = line
         elif line["event"] == "counters" and isinstance(line.get("calls"), dict):
             calls = line["calls"]
+        elif line["event"] == "recompute_stages":
+            try:
+                stages = recompute_report.parse_stages(line.get("stages"))
+            except ValueError:
+                broken += 1
         elif line["event"] in ("plan", "summary"):
             row = _row(line)
             if row is None:
@@ -110,10 +123,10 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
                 continue
             key = row.batch, row.length, row.plan
             rows[key] = Row(**{**asdict(row), "fits": rows[key].fits}) if key in rows else row
-    if not rows:
+    if not rows and stages is None:
         raise ReportError(f"run {run_id} of {path} has planned nothing yet; report it when a micro-batch ran")
     ordered = sorted(rows.values(), key=lambda row: (row.length, row.batch))
-    return Run(path, run_id, facts, tuple(ordered), calls, broken)
+    return Run(path, run_id, facts, tuple(ordered), calls, broken, stages)
 
 
 def _row(line: Mapping[str, Any]) -> Row | None:

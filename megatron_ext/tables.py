@@ -1,4 +1,4 @@
-"""What the command prints for people: a planned crossover, and what a run did.
+"""What the command prints for people: a planned crossover, what a run did, and what its stages recompute.
 
 Contract: one function for each, which writes to a rich console and nowhere else. Sizes are in GB of 10^9 bytes, lengths
 in tokens, K = 1024.
@@ -15,6 +15,7 @@ from rich.table import Table
 from ds_grass.telemetry.human import gigabytes
 from megatron_ext.described_job import Job
 from megatron_ext.plan import Crossover, Point, title
+from megatron_ext.recompute_report import Stages, error_of, in_words, layer_counts
 from megatron_ext.report import Run
 from megatron_ext.telemetry import runs_of
 
@@ -50,7 +51,63 @@ def show_crossover(crossover: Crossover, console: Console) -> None:
 
 
 def show_run(run: Run, console: Console) -> None:
-    """Print the rows as a table."""
+    """Print the rows, and the stages, as tables."""
+    if run.rows:
+        _show_rows(run, console)
+    if run.stages is not None:
+        show_stages(run.stages, console)
+    if run.broken_lines:
+        console.print(f"{run.broken_lines} lines of {escape(str(run.path))} could not be used")
+
+
+def show_stages(stages: Stages, console: Console) -> None:
+    """Print what each pipeline stage recomputes, and its memory."""
+    pipeline = stages.pipeline
+    schedule = "1F1B" if pipeline.chunks == 1 else f"{pipeline.chunks} chunks a stage, interleaved"
+    console.print(
+        f"[bold]recomputation by stage[/]: policy {escape(stages.plans[0].policy)}, {pipeline.stages} stages, "
+        f"{pipeline.micro_batches} micro-batches a step, {schedule}"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in ("stage", "layers", "open", "predicted", "measured", "error", "limit", "of the step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("recomputed")
+    for plan, share in zip(stages.plans, stages.recompute_shares or [None] * pipeline.stages, strict=True):
+        (recomputed, layers), error = layer_counts(plan), error_of(plan)
+        most = max(plan.predicted_bytes or 0, plan.measured_bytes or 0)
+        table.add_row(
+            str(plan.stage),
+            f"{recomputed:.3g} of {layers}",
+            " + ".join(map(str, plan.open)),
+            _known(plan.predicted_bytes, gigabytes),
+            _known(plan.measured_bytes, gigabytes),
+            _known(error, "{:+.1%}".format),
+            gigabytes(plan.limit_bytes) + (" [bold red]exceeded[/]" if most > plan.limit_bytes else ""),
+            _known(share, "{:.1%}".format),
+            escape(in_words(plan)),
+        )
+    console.print(table)
+    console.print(
+        "[dim]layers: recomputed in full or in part, of all; open: micro-batches whose activations are held, by chunk; "
+        "bytes at the peak; of the step: seconds of recomputation[/]"
+    )
+    if stages.timeline is not None and stages.all_recomputed_timeline is not None:
+        console.print(
+            f"step, composed from the stages' own times: {_seconds(stages.timeline.seconds)}; with every layer "
+            f"recomputed {_seconds(stages.all_recomputed_timeline.seconds)}"
+        )
+    if stages.advice is not None:
+        console.print(
+            f"faster with layers on other stages, predicted: {_seconds(stages.advice.seconds)} "
+            f"({stages.advice.gain:.2f} times as fast) with pipeline_model_parallel_layout {stages.advice.layout}",
+            soft_wrap=True,
+        )
+    unverified = [str(plan.stage) for plan in stages.plans if not plan.frozen]
+    if unverified:
+        console.print(f"[yellow]not verified yet[/]: stage {', '.join(unverified)}")
+
+
+def _show_rows(run: Run, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("length", "batch", "ran", "predicted", "measured", "predicted", "measured"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -70,8 +127,6 @@ def show_run(run: Run, console: Console) -> None:
     console.print(
         "[dim]micro-batches of rank 0; medians; seconds of its layers, bytes at the peak of its device[/]"
     )
-    if run.broken_lines:
-        console.print(f"{run.broken_lines} lines of {escape(str(run.path))} could not be used")
 
 
 def _cells(job: Job, point: Point) -> list[str]:
@@ -93,6 +148,14 @@ def _tokens(length: int) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f} ms"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 10 else _milliseconds(seconds)
+
+
+def _known(value: Any, text: Any) -> str:
+    return "-" if value is None else text(value)
 
 
 def _beside(measured: Any, predicted: float, text: Any) -> str:

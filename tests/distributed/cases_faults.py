@@ -65,8 +65,7 @@ WITHOUT_PACKAGE = {
 }
 
 
-@case(ranks=(2,), timeout_s=(8,), **WITHOUT_PACKAGE)
-@case(ranks=(2,), timeout_s=(60,), slow=True, **WITHOUT_PACKAGE)
+@case(ranks=(2,), timeout_s=(8, 60), slow=True, **WITHOUT_PACKAGE)
 def rank_without_the_package_is_named(ctx: Context, timeout_s: int) -> str:
     """A rank that was started with TORCH_DEVICE_BACKEND_AUTOLOAD=0 is named by the others in time, no hang."""
     finished = ctx.folder / "finished"

@@ -34,7 +34,7 @@ FEATURES = {
 RECOMPUTE = {"none": {}, "full": FULL, "selective": SELECTIVE}
 
 
-@case(ranks=(8,), most_quick=1, thorough=2, **FEATURES)
+@case(ranks=(8,), slow=True, thorough=2, **FEATURES)
 @case(ranks=(4,), most_quick=3, thorough=2, **FEATURES)
 @case(ranks=(2,), most_quick=12, **FEATURES)
 @case(ranks=(1,), most_quick=2, thorough=2, **FEATURES)

@@ -32,7 +32,8 @@ LENGTH, BATCH = 48, 2
 SETTLED_SECONDS = 0.05
 
 
-@case(ranks=(2, 4, 8), most_quick=5, model=tuple(MODELS), dtype=("fp64", "bf16"))
+@case(ranks=(8,), slow=True, model=tuple(MODELS), dtype=("fp64", "bf16"))
+@case(ranks=(2, 4), most_quick=4, model=tuple(MODELS), dtype=("fp64", "bf16"))
 def collectives_equal_the_closed_forms(ctx: Context, model: str, dtype: str) -> dict:
     """Kinds, elements and bytes of every collective and message, forward and backward."""
     from megatron_ext.sequence_parallel import closed_forms
@@ -81,7 +82,7 @@ def _shape(chunk: nn.Module, ranks: int) -> Any:
     return shape_of(chunk.decoder.layers[0], ranks)
 
 
-@case(ranks=(2, 4), most_quick=1, timeout_seconds=180, model=("gelu_biases", "llama"), dtype=("fp32", "bf16"))
+@case(ranks=(2, 4), slow=True, timeout_seconds=180, model=("gelu_biases", "llama"), dtype=("fp32", "bf16"))
 def predicted_memory_is_near_the_measured_one(ctx: Context, model: str, dtype: str) -> dict:
     """Profiled on one layer, predicted for four; counted by the allocator. What is kept also at twice the length.
 

@@ -105,9 +105,9 @@ def run_leg(ctx: Context, ranks: int, **kwargs: Any) -> None:
     assert result.passed, result.report()
 
 
-QUICK_ROUTES = (((2, 2), (1, 3)), ((1, 3), (2, 2)))
+QUICK_ROUTES = (((2, 2), (1, 3)),)
 ROUTES = (((2, 2), (1, 2)), ((1, 2), (2, 2)), ((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((2, 3), (2, 1)),
-          ((1, 1), (4, 2)), ((4, 3), (1, 2)))  # fmt: skip
+          ((1, 1), (4, 2)), ((4, 3), (1, 2)), ((1, 3), (2, 2)))  # fmt: skip
 
 
 @case(ranks=(1,), strength=1, slow=True, route=ROUTES, timeout_seconds=200)

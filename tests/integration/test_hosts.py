@@ -77,7 +77,7 @@ def run_trl(
 
 SLOW = pytest.mark.slow
 TRL = [
-    pytest.param("sft.py", True, 1, 2, id="sft"),
+    pytest.param("sft.py", True, 1, 2, id="sft", marks=SLOW),
     pytest.param("dpo.py", True, 1, 2, id="dpo", marks=SLOW),
     pytest.param("sft.py", False, 1, 2, id="sft-without", marks=SLOW),
     pytest.param("dpo.py", False, 1, 2, id="dpo-without", marks=SLOW),
@@ -131,6 +131,7 @@ def trainer_arguments(config: Path, model: Path, steps: int, output: Path, *more
     return [*arguments, "--max-steps", str(steps), *SMALL, *more]
 
 
+@pytest.mark.slow
 def test_trainer_runs_with_the_reference_config_copied_whole(tmp_path, model_folder):
     config = REPOSITORY / "configs" / "reference.json"
     arguments = trainer_arguments(config, model_folder, 13, tmp_path / "out")
@@ -165,7 +166,7 @@ def test_trainer_without_a_block_sees_nothing_of_the_package(stage, tmp_path, mo
 
 
 RESUME = [
-    pytest.param(2, 1, "fp32", (), id="zero2-2ranks"),
+    pytest.param(2, 1, "fp32", (), id="zero2-2ranks", marks=SLOW),
     pytest.param(1, 3, "bf16", (), id="zero1-accumulation-bf16", marks=SLOW),
     pytest.param(3, 1, "fp32", (), id="zero3", marks=SLOW),
     pytest.param(2, 2, "bf16", ("--gradient-checkpointing",), id="zero2-recomputed", marks=SLOW),

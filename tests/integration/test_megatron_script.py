@@ -68,3 +68,23 @@ def test_unmodified_script_obeys_the_variable(tmp_path, monkeypatch):
     assert "block from MEGATRON_EXT_CONFIG" in output
     calls = events(tmp_path)[-1]["calls"]["ring"].values()
     assert sum(phases["recomputed"] for phases in calls) == 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_unmodified_script_recomputes_by_stage(tmp_path, monkeypatch):
+    """Two stages of two ranks, strategies switched and recomputation planned, by one file."""
+    arguments = ("--pipeline-parallel", 2, "--layers", 4, "--steps", 4, "--micro-batches", 4)
+    monkeypatch.setenv("PYTHONPATH", str(launch.REPOSITORY))
+    stock = pretrain(tmp_path / "stock", *arguments, ranks=4)
+    folder = tmp_path / "planned"
+    folder.mkdir()
+    path = folder / "ds_config.json"
+    block = {"memory": {"limit": "60MB"}, "sequence_parallel": {"strategy": "ring"}, "recompute": {}}
+    path.write_text(json.dumps({"megatron_ext": block}))
+    planned = pretrain(folder, *arguments, "--deepspeed_config", path, ranks=4)
+    assert losses(planned) == losses(stock)
+    told = [event for event in events(folder) if event["event"] == "recompute_stages"][-1]["stages"]
+    assert [stage["stage"] for stage in told] == [0, 1]
+    assert all(stage["frozen"] for stage in told)
+    saved = json.loads((folder / "recompute_plan.json").read_text())
+    assert [stage["layers"] for stage in saved["stages"]] == [stage["chunks"][0]["layers"] for stage in told]

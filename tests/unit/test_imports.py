@@ -172,6 +172,33 @@ ORDER = """
     megatron_ext.sequence_parallel.memory_probe
     megatron_ext.sequence_parallel.calibration
     megatron_ext.sequence_parallel.block_policy
+
+    megatron_ext.recompute
+    megatron_ext.recompute.schedule
+    megatron_ext.recompute.timeline
+    megatron_ext.recompute.layout_advice
+    megatron_ext.recompute.stage_memory
+    megatron_ext.recompute.stage_bound
+    megatron_ext.recompute.chunk_labels
+    megatron_ext.recompute.first_plans
+    megatron_ext.recompute.solver
+    megatron_ext.recompute.policies
+    megatron_ext.recompute.stage_peak
+    megatron_ext.recompute.plan
+    megatron_ext.recompute.layer_loop
+    megatron_ext.recompute.layer_classes
+    megatron_ext.recompute.saved_bytes
+    megatron_ext.recompute.probe
+    megatron_ext.recompute.sizes
+    megatron_ext.recompute.stage
+    megatron_ext.recompute.measurements
+    megatron_ext.recompute.stage_facts
+    megatron_ext.recompute.advice
+    megatron_ext.recompute.storyteller
+    megatron_ext.recompute.recomputation
+    megatron_ext.recompute.emulator
+    megatron_ext.recompute.measured_stage
+
     megatron_ext.job
     megatron_ext.deepspeed_engine
     megatron_ext.hooks
@@ -180,7 +207,9 @@ ORDER = """
     megatron_ext.described_model
     megatron_ext.described_job
     megatron_ext.plan
+    megatron_ext.recompute_report
     megatron_ext.report
+    megatron_ext.recompute_pictures
     megatron_ext.picture
     megatron_ext.tables
     megatron_ext.doctor

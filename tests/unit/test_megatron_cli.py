@@ -16,6 +16,7 @@ from megatron_ext.config import LogConfig, MegatronExtConfig, parse_block
 from megatron_ext.described_job import make_job
 from megatron_ext.described_model import PRESETS, read_model
 from megatron_ext.plan import make_crossover
+from megatron_ext.recompute.plan import ChunkPlan, RecomputePlan
 from megatron_ext.report import ReportError, read_run
 from megatron_ext.sequence_parallel.cluster import find_cluster
 from megatron_ext.telemetry import StartFacts, Telemetry
@@ -168,7 +169,6 @@ def test_megatron_core_that_cannot_be_imported_is_a_problem(monkeypatch):
         ({"megatron_ext": {}}, "ok", "every key at its default"),
         ({"megatron_ext": {"memory": {"limit": "80GB"}}}, "ok", "memory {'limit': 80000000000}"),
         ({"megatron_ext": {"memory": 3}}, "problem", "megatron_ext.memory is 3"),
-        ({"megatron_ext": {"recompute": {}}}, "problem", "does not plan recomputation yet"),
         ({"megatron_ext": {"sequence_parallel": {"enabled": False}}}, "note", "switched off"),
         (
             {"megatron_ext": {"sequence_parallel": {"cost_model": {"load": "gone.json"}}}},
@@ -185,6 +185,63 @@ def test_config_is_looked_at(healthy, tmp_path, content, state, part):
     ]
     assert findings[-1].state == state
     assert part in findings[-1].value
+
+
+@pytest.mark.parametrize(
+    ("recompute", "value"),
+    [
+        ({}, "policy stage_aware, layers in full or every module that the model can recompute by itself; saved to "
+             "recompute_plan.json"),
+        ({"modules": ["mlp", "core_attn"], "plan": {"save": None}},
+         "policy stage_aware, layers in full or mlp, core_attn; not saved"),
+        ({"policy": "level", "ratio": 0.5, "plan": {"save": None}},
+         "policy level with ratio 0.5, whole layers only, not measured; not saved"),
+        ({"policy": "none"}, "policy none, nothing is recomputed; saved to recompute_plan.json"),
+    ],
+)  # fmt: skip
+def test_recompute_block_is_told_also_where_sequence_parallel_is_switched_off(
+    healthy, tmp_path, recompute, value
+):
+    block = {"sequence_parallel": {"enabled": False}, "recompute": recompute}
+    findings = {
+        finding.name: finding
+        for finding in doctor.examine(written(tmp_path, {"megatron_ext": block}))
+        if finding.section == "config"
+    }
+    assert "switched off" in findings["megatron_ext.sequence_parallel"].value
+    assert (findings["megatron_ext.recompute"].state, findings["megatron_ext.recompute"].value) == (
+        "ok",
+        value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("recompute", "state", "part"),
+    [
+        ({"enabled": False}, "note", "switched off by megatron_ext.recompute.enabled"),
+        ({"modules": ["mpl"]}, "problem", "names mpl; allowed: core_attn, layernorm, mlp"),
+        ({"policy": "level"}, "problem", "megatron_ext.recompute.ratio is None"),
+        ({"plan": {"load": "gone.json"}}, "problem", "'gone.json', which cannot be read"),
+        ({"plan": {"load": "{HERE}"}}, "problem", "which is no plan"),
+        ({"plan": {"save": "no/such/folder.json"}}, "note", "in a folder that is not here"),
+    ],
+)
+def test_recompute_block_that_would_not_run_as_it_stands_is_said(healthy, tmp_path, recompute, state, part):
+    here = str(tmp_path / "ds_config.json")
+    block = json.loads(json.dumps({"megatron_ext": {"recompute": recompute}}).replace("{HERE}", here))
+    *_, last = doctor.examine(written(tmp_path, block))
+    assert (last.section, last.state) == ("config", state)
+    assert part in last.value
+
+
+def test_plan_that_would_be_loaded_is_told(healthy, tmp_path):
+    path = tmp_path / "plan.json"
+    chunks = {(rank, 0): ChunkPlan(("full", "none")) for rank in range(4)}
+    RecomputePlan("stage_aware", chunks).save(path)
+    block = {"megatron_ext": {"recompute": {"plan": {"load": str(path)}}}}
+    *_, told, last = doctor.examine(written(tmp_path, block))
+    assert "verified but not measured" in told.value
+    assert last.value == f"{path}: policy stage_aware, 8 layers on 4 stages"
 
 
 def test_config_that_the_variable_names_is_looked_at(healthy, tmp_path, monkeypatch):

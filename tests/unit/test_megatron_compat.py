@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import inspect
 import logging
 import sys
 import types
 
 import pytest
 
-from megatron_ext import compat
+from megatron_ext import compat, hooks
 from megatron_ext.compat import NEEDED, Need
+from megatron_ext.recompute import layer_loop
+from megatron_ext.recompute.layer_loop import FLAGS
 
 
 @dataclasses.dataclass
@@ -66,6 +69,47 @@ def test_installed_megatron_core_is_one_that_was_run(caplog):
     with caplog.at_level(logging.WARNING):
         compat.check()
     assert not caplog.records
+
+
+def test_switches_of_every_kind_of_layer_are_in_the_installed_megatron_core():
+    """Those that only some models have; a layer without one is refused by name when it is adopted."""
+    pytest.importorskip("megatron.core")
+    owners = {
+        ("", "layernorm"): "transformer.transformer_layer:TransformerLayer",
+        ("", "mlp"): "transformer.transformer_layer:TransformerLayer",
+        ("self_attention", "core_attn"): "transformer.attention:Attention",
+        ("self_attention", "mla_up_proj"): "transformer.multi_latent_attention:MultiLatentAttention",
+        ("mlp", "moe"): "transformer.moe.moe_layer:MoELayer",
+        ("mlp", "shared_experts"): "transformer.moe.moe_layer:MoELayer",
+        ("mlp.experts", "moe_act"): "transformer.moe.experts:TEGroupedMLP",
+    }
+    for module, places in FLAGS.items():
+        for part, flag in places:
+            assert compat.missing([Need(f"{owners[part, module]}.{flag}", "attribute")]) == []
+
+
+def test_what_megatron_core_hands_to_its_checkpointed_forward_is_handed_on():
+    """Another argument would be dropped without a word."""
+    block = pytest.importorskip("megatron.core.transformer.transformer_block")
+    given = set(inspect.signature(block.TransformerBlock._checkpointed_forward).parameters)
+    known = set(inspect.signature(layer_loop._run_layers).parameters)
+    assert given - known == {"use_inner_quantization_context"}  # only under fp8 and fp4, which are refused
+
+
+def test_every_schedule_that_is_hooked_is_needed():
+    paths = {need.path: need.parameters for need in NEEDED}
+    for name in hooks.SCHEDULES:
+        assert {"num_microbatches", "forward_only"} <= set(paths[f"pipeline_parallel.schedules:{name}"])
+    assert "pipeline_parallel.schedules:forward_step" in paths
+
+
+def test_installed_schedules_take_what_is_read_by_name_only():
+    """So that it is among the keywords, wherever a script calls them."""
+    schedules = pytest.importorskip("megatron.core.pipeline_parallel.schedules")
+    for name in hooks.SCHEDULES:
+        parameters = inspect.signature(getattr(schedules, name)).parameters
+        for key in ("num_microbatches", "forward_only"):
+            assert parameters[key].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_every_need_is_named_once():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import subprocess
 import sys
 import textwrap
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +127,132 @@ def test_failure_of_the_original_is_not_followed_by_a_hook(monkeypatch):
     with pytest.raises(TypeError):
         module.TransformerBlock(nothing=1)
     assert told.adopted == []
+
+
+def schedules() -> SimpleNamespace:
+    """Stands for Megatron-core's module: steps find their parts among its names, as functions find globals."""
+    module, ran = SimpleNamespace(), []
+
+    def forward_step(number):
+        """As Megatron has it."""
+        ran.append(("forward", number))
+        return number + 10
+
+    def run(name):
+        def forward_backward(*, forward_step_func=None, num_microbatches, forward_only=False, fail=False):
+            ran.append((name, num_microbatches, forward_only))
+            if fail:
+                raise KeyError(name)
+            return [module.forward_step(number) for number in range(num_microbatches)]
+
+        return forward_backward
+
+    for name in hooks.SCHEDULES:
+        setattr(module, name, run(name))
+    module.forward_step, module.ran = forward_step, ran
+    return module
+
+
+class Stepping:
+    """A job that notes its steps among what the schedule does."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    @contextmanager
+    def step(self, micro_batches):
+        self.ran.append(("begins", micro_batches))
+        try:
+            yield
+        finally:
+            self.ran.append(("ends", micro_batches))
+
+    def forward_begins(self):
+        self.ran.append(("forward begins",))
+
+    def forward_ended(self):
+        self.ran.append(("forward ended",))
+
+
+@pytest.mark.parametrize("name", [*hooks.SCHEDULES, "forward_step"])
+def test_schedule_is_wrapped_once_and_again_where_another_tool_took_it_out(name):
+    module = schedules()
+    original = getattr(module, name)
+    hooks.install_schedules(module)
+    hooked = getattr(module, name)
+    hooks.install_schedules(module)
+    assert getattr(module, name) is hooked is not original
+    assert (hooked.__wrapped__, hooked.__name__, hooked.__doc__) == (
+        original,
+        original.__name__,
+        original.__doc__,
+    )
+    assert inspect.signature(hooked) == inspect.signature(original)
+    setattr(module, name, original)
+    hooks.install_schedules(module)
+    assert getattr(module, name).__wrapped__ is original
+
+
+@pytest.mark.parametrize("name", hooks.SCHEDULES)
+def test_step_is_told_around_the_schedule_and_each_forward_around_itself(monkeypatch, name):
+    module = schedules()
+    hooks.install_schedules(module)
+    hooks.install_schedules(module)
+    monkeypatch.setattr(job, "_job", Stepping(module.ran))
+    assert getattr(module, name)(num_microbatches=2) == [10, 11]
+    assert module.ran == [
+        ("begins", 2),
+        (name, 2, False),
+        *(
+            row
+            for number in range(2)
+            for row in (("forward begins",), ("forward", number), ("forward ended",))
+        ),
+        ("ends", 2),
+    ]
+
+
+@pytest.mark.parametrize("name", hooks.SCHEDULES)
+def test_evaluation_is_no_step(monkeypatch, name):
+    module = schedules()
+    hooks.install_schedules(module)
+    monkeypatch.setattr(job, "_job", Stepping(module.ran))
+    assert getattr(module, name)(num_microbatches=1, forward_only=True) == [10]
+    assert module.ran == [(name, 1, True), ("forward begins",), ("forward", 0), ("forward ended",)]
+
+
+@pytest.mark.parametrize("name", hooks.SCHEDULES)
+def test_step_without_a_job_is_as_ever_and_looks_for_no_config(monkeypatch, name):
+    module = schedules()
+    hooks.install_schedules(module)
+    monkeypatch.setattr(job, "locate", lambda: pytest.fail("looked"))
+    assert getattr(module, name)(num_microbatches=2) == [10, 11]
+    assert module.ran == [(name, 2, False), ("forward", 0), ("forward", 1)]
+
+
+def test_schedule_that_is_called_wrongly_says_so_itself(monkeypatch):
+    module = schedules()
+    hooks.install_schedules(module)
+    monkeypatch.setattr(job, "_job", Stepping(module.ran))
+    with pytest.raises(TypeError, match="num_microbatches"):
+        module.forward_backward_no_pipelining()
+    assert module.ran == []
+
+
+def test_step_that_fails_ends_and_the_error_is_the_schedules(monkeypatch):
+    module = schedules()
+    hooks.install_schedules(module)
+    monkeypatch.setattr(job, "_job", Stepping(module.ran))
+    with pytest.raises(KeyError):
+        module.forward_backward_no_pipelining(num_microbatches=1, fail=True)
+    assert module.ran[-1] == ("ends", 1)
+
+
+def test_job_without_recomputation_lets_steps_pass():
+    running_job = a_job()
+    with running_job.step(4):
+        running_job.forward_begins()
+        running_job.forward_ended()
 
 
 @pytest.mark.parametrize("parsed", [None, {}, {"grass": {}}])

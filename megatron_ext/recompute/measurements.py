@@ -1,0 +1,180 @@
+"""What is known of this rank's blocks: of each class of layers, under each choice, and of what lies outside the layers.
+
+Contract: a class is measured once, at the size of the micro-batch that is waiting; all ranks of the tensor-parallel
+group measure together. Outside of layers is what a micro-batch keeps beside what its layers do (embedding, head, loss):
+counted when a chunk's first forward of a step that recomputes everything has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sequence_parallel import micro_batch as running_batch
+from ..sequence_parallel.layer_shape import LayerShape
+from ..sequence_parallel.names import NATIVE
+from ..sequence_parallel.shape_of import shape_of
+from ..sequence_parallel.switch import group_of
+from ..telemetry import Telemetry
+from .layer_classes import allowed_modules, choices, signature
+from .layer_loop import LayerLoop
+from .plan import FULL, NONE
+from .probe import Measured, measure_layer
+from .sizes import Size
+from .stage import Known, layer_class
+from .stage_memory import LayerClass
+
+Class = tuple[Hashable, str]
+"""Of layers: their signature, and the sequence-parallel strategy that they ran."""
+
+
+class Measurements:
+    """Of the blocks of one rank, first chunk first."""
+
+    def __init__(
+        self, loops: dict[nn.Module, LayerLoop], modules: Sequence[str] | None, telemetry: Telemetry
+    ):
+        self._loops, self._modules, self._telemetry = loops, modules, telemetry
+        self._known: dict[Class, Known] = {}
+        self._strategies: dict[nn.Module, tuple[str, ...]] = {}
+        self._outside: dict[nn.Module, int] = {}
+        self._outside_seconds: dict[nn.Module, float] = {}
+        self._began: tuple[float, tuple[int, ...]] = 0.0, ()
+        self.size: Size | None = None
+        """Of the micro-batch that all was measured at."""
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def measure(self, arrived: nn.Module, hidden: Tensor, options: dict[str, Any], size: Size) -> None:
+        """Every class of layers that this rank has, in the place of the micro-batch that has arrived at one block."""
+        self.size = size
+        current = running_batch.current()
+        names = (NATIVE,) * len(arrived.layers) if current is None else current.names
+        # What is measured is not what the micro-batch counts as run.
+        aside = None if current is None else replace(current, calls=Counter())
+        for block in self._loops:
+            here = block is arrived
+            self._strategies[block] = names if here else _stretched(names, len(block.layers))
+            for layer, key in zip(block.layers, self.classes_of(block), strict=True):
+                if key in self._known:
+                    continue
+                with running_batch.running(aside if here else None):
+                    rows = self._measured(layer, key[1], hidden, options, group_of(block))
+                self._known[key] = Known(tuple(rows), size, _shape(layer, group_of(block).size()), key[1])
+        for loop in self._loops.values():
+            loop.chosen.clear()  # measuring has set flags
+
+    def _measured(
+        self, layer: nn.Module, strategy: str, hidden: Tensor, options: dict[str, Any], group: Any
+    ) -> list[Measured]:
+        modules = allowed_modules(layer, self._modules)
+        if strategy != NATIVE:  # another body than Megatron-core's, which has no core attention to run again
+            modules = tuple(module for module in modules if module != "core_attn")
+        rows = measure_layer(layer, choices(modules), hidden, options, group)
+        assert self.size is not None
+        self._telemetry.log.write(
+            "recompute_measured",
+            layer=layer.layer_number,
+            strategy=strategy,
+            **asdict(self.size),
+            choices=[asdict(row) for row in rows],
+        )
+        return rows
+
+    def classes_of(self, block: nn.Module) -> list[Class]:
+        """The class of each layer."""
+        return [
+            (signature(layer), strategy)
+            for layer, strategy in zip(block.layers, self._strategies[block], strict=True)
+        ]
+
+    def layer_classes(self, size: Size, *, saved_only: bool = False) -> dict[Class, LayerClass]:
+        """Options of each class at another size; see :func:`.stage.layer_class`."""
+        return {
+            key: layer_class(f"class {number}", known.at(size), saved_only=saved_only)
+            for number, (key, known) in enumerate(self._known.items())
+        }
+
+    def row(self, layer: Class, choice: str, size: Size) -> Measured:
+        """What was measured of one class under one choice, at another size."""
+        return next(row for row in self._known[layer].at(size) if row.choice == choice)
+
+    # -- outside of layers ----------------------------------------------------------------------------------------
+
+    def forward_begins(self, device: torch.device) -> None:
+        """A chunk's forward, which will be timed if it is the chunk's second: in the first, layers are measured."""
+        self._began = _now(device), tuple(loop.number for loop in self._loops.values())
+
+    def forward_ended(self, device: torch.device, saved_bytes: int) -> None:
+        """It has ended, with so many bytes saved by all that run."""
+        began, numbers = self._began
+        for (block, loop), number in zip(self._loops.items(), numbers, strict=False):
+            if loop.number == number + 1 == 2:
+                assert self.size is not None
+                in_layers, _ = self.seconds(block, self.size)
+                self._outside_seconds[block] = max(0.0, _now(device) - began - in_layers)
+        self._count_outside(saved_bytes)
+
+    def forget(self) -> None:
+        """Measure anew."""
+        for known in (self._known, self._strategies, self._outside, self._outside_seconds):
+            known.clear()
+
+    def outside_seconds(self, block: nn.Module, size: Size) -> float:
+        """Of one forward, outside of the layers: embedding, head, loss; 0 where a chunk ran but once."""
+        growth = 1.0 if self.size is None else size.tokens / self.size.tokens
+        return self._outside_seconds.get(block, 0.0) * growth
+
+    def _count_outside(self, saved_bytes: int) -> None:
+        """Of a chunk that has run once, this tells what lies outside its layers."""
+        ran_first = [
+            block for block, loop in self._loops.items() if loop.number == 1 and block not in self._outside
+        ]
+        if len(ran_first) != 1:
+            return
+        of_others = sum(
+            self._loops[block].number * (outside + self._inputs_of(block))
+            for block, outside in self._outside.items()
+        )
+        (block,) = ran_first
+        self._outside[block] = max(0, saved_bytes - of_others - self._inputs_of(block))
+
+    def outside_bytes(self, size: Size) -> list[int]:
+        """Of each chunk's micro-batch at another size."""
+        growth = 1.0 if self.size is None else size.tokens / self.size.tokens
+        return [round(self._outside.get(block, 0) * growth) for block in self._loops]
+
+    def _inputs_of(self, block: nn.Module) -> int:
+        """What a micro-batch keeps where all layers are recomputed."""
+        assert self.size is not None
+        return sum(self.row(layer, FULL, self.size).kept_bytes for layer in self.classes_of(block))
+
+    def seconds(self, block: nn.Module, size: Size) -> tuple[float, float]:
+        """Forward and backward of one micro-batch through the block's layers, nothing recomputed."""
+        rows = [self.row(layer, NONE, size) for layer in self.classes_of(block)]
+        return sum(row.forward_seconds for row in rows), sum(row.backward_seconds for row in rows)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _stretched(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """Another chunk's strategies are not known yet: taken to be those of this one, the last for what is left."""
+    return tuple(names[min(place, len(names) - 1)] for place in range(count))
+
+
+def _shape(layer: nn.Module, size: int) -> LayerShape | None:
+    try:
+        return shape_of(layer, size)
+    except AttributeError:  # a layer without attention or feed-forward
+        return None

@@ -1,0 +1,172 @@
+"""What a layer keeps, holds for a moment, and takes to run again, measured under each choice it has.
+
+One layer of each class runs forward and backward in the place of a micro-batch that is waiting: on random activations
+of that micro-batch's size, with its mask and its rotary angles, but with aliases of its weights that are nobody's
+parameters: no gradient, bucket or optimizer of the job is touched, and the random states are put back. All ranks of the
+tensor-parallel group take part, and the largest of what they measure is what all of them plan with.
+
+Contract: what autograd saves is followed by storage, each once, without what is there anyway (weights, masks, tables);
+what is held for a moment is the allocator's count on a GPU, and followed operator by operator on a CPU
+(:mod:`megatron_ext.sequence_parallel.memory_probe`). Frozen weights stay frozen, so a block that does not train is
+measured as it is. Not covered: other sizes than the one that is waiting (:mod:`.sizes`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..sequence_parallel import memory_probe
+from .layer_loop import set_modules
+from .plan import FULL, NONE
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer under one choice, for one micro-batch, on the rank where it is most."""
+
+    choice: str
+    forward_seconds: float
+    backward_seconds: float
+    """With what is run again in it."""
+    kept_bytes: int
+    """From forward to backward, the layer's input included."""
+    transient_bytes: int
+    """The most on top of that while it runs backward."""
+
+
+def measure_layer(
+    layer: nn.Module, choices: Sequence[str], hidden: Tensor, options: dict[str, Any], group: Any
+) -> list[Measured]:
+    """Measurements of `layer` under each choice, the same on all ranks of `group`.
+
+    `hidden`: [s / tp, b, h], whose size and dtype the random input gets. `options`: the other arguments of the layer.
+    """
+    found = []
+    there = [tensor for tensor in _tensors(options)]
+    with (
+        _states_put_back(hidden),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _aliases(layer) as weights,
+    ):
+        for choice in choices:
+            x = torch.randn(hidden.shape, device=hidden.device).to(hidden.dtype).requires_grad_()
+            run = _runner(layer, choice, options)
+            kept, transient = memory_probe.measure(lambda x=x, run=run: run(x), x, [*weights, *there])
+            forward, backward = _times(run, x)
+            worst = torch.tensor([kept, transient, forward, backward], dtype=torch.float64, device=x.device)
+            if group is not None and group.size() > 1:
+                dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
+            kept, transient, forward, backward = worst.tolist()
+            found.append(Measured(choice, forward, backward, int(kept), int(transient)))
+    return found
+
+
+def _runner(layer: nn.Module, choice: str, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The layer as :mod:`.layer_loop` runs it."""
+    from megatron.core import tensor_parallel
+
+    def once(x: Tensor) -> Tensor:
+        set_modules(layer, NONE if choice == FULL else choice)
+        return layer(hidden_states=x, **options)[0]
+
+    return (lambda x: tensor_parallel.checkpoint(once, False, x)) if choice == FULL else once
+
+
+def _times(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+    """Median seconds of forward and of backward."""
+    forward, backward = [], []
+    for _ in range(REPEATS):
+        x = x.detach().requires_grad_()
+        marks = [_now(x)]
+        y = run(x)
+        marks.append(_now(x))
+        y.backward(torch.ones_like(y))
+        marks.append(_now(x))
+        forward.append(marks[1] - marks[0])
+        backward.append(marks[2] - marks[1])
+    return sorted(forward)[REPEATS // 2], sorted(backward)[REPEATS // 2]
+
+
+def _now(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _aliases(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the layer's parameters are others with the same storage. Recomputation in backward uses them too, which
+    a functional call would not outlive."""
+    replaced = []
+    made: dict[int, nn.Parameter] = {}
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                replaced.append((module, name, parameter))
+    try:
+        for module, name, parameter in replaced:
+            if id(parameter) not in made:
+                made[id(parameter)] = _alias(parameter, layer)
+            module._parameters[name] = made[id(parameter)]
+        yield list(made.values())
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
+
+
+def _alias(parameter: nn.Parameter, layer: nn.Module) -> nn.Parameter:
+    """Its gradient is dropped as soon as it is complete, as Megatron's DDP drops it."""
+    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    if parameter.requires_grad:
+        alias.register_post_accumulate_grad_hook(_drop)
+    if getattr(layer.config, "gradient_accumulation_fusion", False):
+        alias.main_grad = torch.zeros_like(alias, dtype=torch.float32)  # what the fused kernel adds to
+    for mark in (
+        "sequence_parallel",
+        "tensor_model_parallel",
+        "partition_dim",
+        "partition_stride",
+        "allreduce",
+    ):
+        if hasattr(parameter, mark):
+            setattr(alias, mark, getattr(parameter, mark))
+    return alias
+
+
+def _drop(alias: Tensor) -> None:
+    alias.grad = None
+
+
+@contextmanager
+def _states_put_back(hidden: Tensor) -> Iterator[None]:
+    """PyTorch's random states, and Megatron-core's own."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+        try:
+            yield
+        finally:
+            tracker.set_states(states)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from _tensors(branch)

@@ -1,0 +1,405 @@
+"""The recomputation of one job on this rank: measure, plan, verify, freeze.
+
+The first training step recomputes everything, the safest there is. When its first micro-batch comes, one layer of each
+class is measured under every choice, and what a micro-batch keeps outside the layers is counted (:mod:`.measurements`).
+At the start of the second step weights, gradients and optimizer states are there to be counted; with the schedule's
+open micro-batches the stage's problem is whole, and solved. That step is verified: what it held is compared with what
+was predicted, and with the limit. A plan that held is frozen; one that did not gets less memory, and is verified again.
+More micro-batches at once or longer sequences are planned for anew, from the same measurements.
+
+Policies that follow a rule, and plans read from a file, are not measured, only verified.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_grass.telemetry.human import human_bytes
+
+from ..board import Board
+from ..config import MemoryConfig, RecomputeConfig
+from ..sequence_parallel import budget
+from ..sequence_parallel.switch import group_of
+from ..telemetry import Telemetry
+from . import layer_loop
+from .layer_classes import allowed_modules
+from .layer_loop import LayerLoop
+from .measurements import Measurements
+from .plan import ChunkPlan, load_plan
+from .policies import layers_recomputed
+from .saved_bytes import SavedBytes
+from .schedule import Pipeline, open_counts
+from .sizes import Size
+from .stage import chunk_plans, first_layers, fraction_of, least_peak, problem_of, spread
+from .stage_facts import StagePlan
+from .stage_memory import StageProblem
+from .stage_peak import peak_in_order, solve_in_order
+from .storyteller import Storyteller
+
+logger = logging.getLogger("megatron_ext")
+
+_REFUSED = ("fp8", "fp4", "cpu_offloading", "fine_grained_activation_offloading")
+
+
+class Recomputation:
+    """Plans for the blocks of this rank."""
+
+    def __init__(
+        self,
+        config: RecomputeConfig,
+        memory: MemoryConfig,
+        telemetry: Telemetry,
+        ranks_on_node: int,
+        name: str,
+    ):
+        """`name`: of the job, equal on all ranks."""
+        self._config, self._memory, self._ranks_on_node = config, memory, ranks_on_node
+        self._loops: dict[nn.Module, LayerLoop] = {}
+        self._board: Board | None = None
+        self._measurements = Measurements(self._loops, config.modules, telemetry)
+        self._story = Storyteller(config, telemetry, name)
+        self._pipeline: Pipeline | None = None
+        self._largest: Size | None = None
+        """Of all micro-batches so far; plans are for this one."""
+        self._predicted: int | None = None
+        self._less = 0
+        """Bytes taken off the limit since a step held more than was predicted."""
+        self._plans_made = 0
+        self._probing = True
+        """No plan yet: everything is recomputed."""
+        self._trains: tuple[bool, ...] = ()
+        self._frozen = False
+        self._saved: SavedBytes | None = None
+        self.own_seconds = 0.0
+        """Spent in here at the beginnings of steps whose plan is frozen."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether this policy plans from measurements."""
+        return self._config.policy == "stage_aware" and self._config.plan.load is None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the plan has held its limit."""
+        return self._frozen
+
+    @property
+    def plans(self) -> tuple[ChunkPlan, ...]:
+        """What this rank's chunks run now, first chunk first."""
+        return tuple(loop.plan for loop in self._loops.values())
+
+    @property
+    def stage_plan(self) -> StagePlan | None:
+        """What this rank's stage plans and held; None before its first plan."""
+        return self._story.own
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """{choice: {"forward": layers, "recomputed": layers}} on this rank."""
+        total: Counter[tuple[str, str]] = Counter()
+        for loop in self._loops.values():
+            total.update(loop.calls)
+        found: dict[str, dict[str, int]] = {}
+        for (phase, choice), calls in sorted(total.items()):
+            found.setdefault(choice, {"forward": 0, "recomputed": 0})[phase] = calls
+        return found
+
+    def adopt(self, block: nn.Module, board: Board) -> None:
+        """Recompute this block by plan. Raises ValueError where it cannot be."""
+        if block in self._loops:
+            return
+        if len(self._loops) == _chunks():
+            logger.warning(
+                "megatron_ext: recompute plans the first model of a job; another one's blocks stay as they are"
+            )
+            return
+        for key in _REFUSED:
+            if getattr(block.config, key, None):
+                raise ValueError(
+                    f"megatron_ext.recompute cannot run layers under {key}, which the script's config sets to "
+                    f'{getattr(block.config, key)!r}; write "recompute": {{"enabled": false}}, or leave {key} out'
+                )
+        for layer in block.layers:
+            allowed_modules(layer, self._config.modules)
+        loop = layer_loop.attach(block)
+        loop.plan = first_layers(len(block.layers), len(block.layers))
+        loop.arrived = self._arrived
+        self._loops[block], self._board = loop, board
+
+    def close(self) -> None:
+        """Give all blocks back."""
+        self._story.close()
+        for block in self._loops:
+            layer_loop.detach(block)
+        self._loops.clear()
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, micro_batches: int) -> Iterator[None]:
+        """Around one training step of `micro_batches` on this rank."""
+        start = time.perf_counter()
+        self._story.meet([len(block.layers) for block in self._loops])
+        if not any(len(plan.layers) for plan in self.plans):  # a stage for the embedding or the loss alone
+            self._story.plan_of_nothing(_pipeline(micro_batches, next(iter(self._loops)).config), self.plans)
+            yield
+            return
+        pipeline = _pipeline(micro_batches, self._block.config)
+        more = self._pipeline is not None and _opens_more(self._pipeline, pipeline)
+        if self._pipeline is None or more:
+            self._pipeline = pipeline
+        if self.is_measured:
+            self._notice_what_trains()
+        if self._probing or more:
+            if not self.is_measured:
+                self._follow_rule()
+            elif self._measurements:
+                self._make_plan()
+        watching = not self._frozen
+        if not watching:
+            self.own_seconds += time.perf_counter() - start
+        with self._watched() if watching else nullcontext():
+            yield
+        if watching and not self._probing:
+            self._verify()
+
+    def forward_begins(self) -> None:
+        """One forward pass of the schedule."""
+        if self._saved is not None and self._measurements and self._probing:
+            self._measurements.forward_begins(self._device)
+
+    def forward_ended(self) -> None:
+        """It has ended."""
+        if self._saved is not None and self._measurements and self._probing:
+            self._measurements.forward_ended(self._device, self._saved.now)
+
+    def _notice_what_trains(self) -> None:
+        """Weights that were frozen or freed since: layers keep other bytes, and are measured anew."""
+        trains = tuple(
+            any(parameter.requires_grad for parameter in layer.parameters())
+            for block in self._loops
+            for layer in block.layers
+        )
+        if self._trains and trains != self._trains:
+            self._probing, self._frozen, self._largest = True, False, None
+            self._measurements.forget()
+            for loop in self._loops.values():
+                loop.plan, loop.number = first_layers(len(loop.plan.layers), len(loop.plan.layers)), 0
+        self._trains = trains
+
+    def _arrived(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
+        """A micro-batch: nothing to do but for the first, and for one that is larger than all before."""
+        cut = group_of(block).size() if block.config.sequence_parallel else 1
+        size = Size(hidden.shape[1], hidden.shape[0] * cut)
+        largest = self._largest
+        if largest is not None and size.tokens <= largest.tokens and size.pairs <= largest.pairs:
+            return
+        self._largest = size
+        if not self.is_measured:
+            return
+        if largest is None:
+            assert self._board is not None
+            self._board.compare("the size that layers are measured at", asdict(size))
+            self._measurements.measure(block, hidden, options, size)
+            if (
+                self._pipeline is None
+            ):  # no schedule of Megatron-core's: a loop of the script's own, or an engine
+                self._pipeline = Pipeline(1, 1)
+                self._make_plan()
+        elif not self._probing:
+            self._make_plan()
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    @property
+    def _block(self) -> nn.Module:
+        """Any that has layers."""
+        return next(block for block in self._loops if len(block.layers))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._block.parameters()).device
+
+    def _make_plan(self) -> None:
+        problem = self._problem()
+        start = time.perf_counter()
+        solution = solve_in_order(problem)
+        solved_in = time.perf_counter() - start
+        if not solution.fits:
+            raise ValueError(self._nothing_fits(problem))
+        self._predicted = solution.peak_bytes
+        self._use(chunk_plans(problem, solution))
+        assert self._pipeline is not None
+        assert self._largest is not None
+        layers = [self._measurements.seconds(block, self._largest) for block in self._loops]
+        outside = [self._measurements.outside_seconds(block, self._largest) for block in self._loops]
+        self._story.measured_plan(
+            self._pipeline,
+            self.plans,
+            problem,
+            solution,
+            layers,
+            outside,
+            budget.static_bytes(self._block.layers[0], torch.device("cpu")),  # counted by parameter
+            self._largest,
+            solved_in,
+        )
+
+    def _follow_rule(self) -> None:
+        """A rule's plan, or the one of a file."""
+        assert self._pipeline is not None
+        layers = self._story.layers_by_stage()
+        if self._config.plan.load:
+            chunks = {
+                (stage, n): count for stage, counts in enumerate(layers) for n, count in enumerate(counts)
+            }
+            plan = load_plan(self._config.plan.load, chunks)
+            self._use([plan.chunks[_stage(), number] for number in range(len(self._loops))])
+        else:
+            windows = [sum(open_counts(self._pipeline, stage)) for stage in range(self._pipeline.stages)]
+            counts = layers_recomputed(
+                self._config.policy, self._config.ratio or 0.0, windows, [sum(counts) for counts in layers]
+            )
+            self._use(spread(counts[_stage()], [len(block.layers) for block in self._loops]))
+        self._story.plan_of_rule(self._pipeline, self.plans, self._limit())
+
+    def _use(self, plans: Sequence[ChunkPlan]) -> None:
+        """Ranks that replay collectives together must run the same."""
+        assert self._board is not None
+        self._plans_made += 1
+        self._probing = self._frozen = False
+        self._board.compare(f"recomputation plan {self._plans_made}", [plan.digest() for plan in plans])
+        for loop, plan in zip(self._loops.values(), plans, strict=True):
+            loop.plan = plan
+
+    def _problem(self, *, saved_only: bool = False) -> StageProblem:
+        """`saved_only`: of transients, what recomputation saves once more."""
+        assert self._pipeline is not None
+        assert self._largest is not None
+        return problem_of(
+            self._pipeline,
+            _stage(),
+            [self._measurements.classes_of(block) for block in self._loops],
+            self._measurements.layer_classes(self._largest, saved_only=saved_only),
+            self._measurements.outside_bytes(self._largest),
+            self._most_of_group(self._static_bytes()),
+            self._limit() - self._less,
+            saved_only=saved_only,
+        )
+
+    def _limit(self) -> int:
+        """Without what others than PyTorch hold on the device (its context, NCCL) where it is a share of the device."""
+        limit = budget.limit_of(self._memory, self._device, self._ranks_on_node)
+        if self._memory.limit is not None or self._device.type != "cuda":
+            return limit
+        free, total = torch.cuda.mem_get_info(self._device)
+        of_others = max(0, total - free - torch.cuda.memory_reserved(self._device))
+        return limit - int(self._memory.fraction * of_others)
+
+    def _static_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return sum(budget.static_bytes(block, self._device) for block in self._loops)
+
+    def _most_of_group(self, number: int) -> int:
+        """The same on all ranks of the tensor-parallel group."""
+        group = group_of(self._block)
+        if group.size() == 1:
+            return number
+        most = torch.tensor([number], device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        return int(most.item())
+
+    def _nothing_fits(self, problem: StageProblem) -> str:
+        needed = human_bytes(least_peak(problem))
+        assert self._largest is not None
+        return (
+            f"megatron_ext.recompute: stage {_stage()} needs {needed} with every layer recomputed "
+            f"({human_bytes(problem.static_bytes)} of it weights, gradients and optimizer states) for micro-batches of "
+            f"{self._largest.batch} x {self._largest.length} tokens, but megatron_ext.memory allows "
+            f"{human_bytes(problem.limit_bytes)}; give it {needed} or more, or use smaller micro-batches, shorter "
+            "sequences, more pipeline stages or more tensor-parallel ranks"
+        )
+
+    # -- verifying ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._saved = SavedBytes(parameter for block in self._loops for parameter in block.parameters())
+        try:
+            with self._saved:
+                yield
+            self._saved_peak = self._saved.peak
+        finally:
+            self._saved = None
+
+    def _verify(self) -> None:
+        """What the step held, against the prediction and the limit."""
+        if self._device.type == "cuda":
+            measured, predicted = torch.cuda.max_memory_allocated(self._device), self._predicted
+        else:  # nothing is counted there but what autograd holds
+            measured, predicted = self._static_bytes() + self._saved_peak, self._predicted_saved()
+        limit = self._limit()
+        over = self._most_of_group(max(0, measured - limit))
+        if over and self.is_measured:
+            self._story.verified(measured, predicted, limit, frozen=False)
+            self._less += over
+            self._make_plan()
+            return
+        self._frozen = True
+        self._story.verified(measured, predicted, limit, frozen=True)
+        if over:
+            logger.warning(
+                "megatron_ext: stage %d held %s, %s more than megatron_ext.memory allows; policy %s does not look at "
+                "memory, stage_aware does",
+                _stage(), human_bytes(measured), human_bytes(over), self._config.policy,
+            )  # fmt: skip
+
+    def _predicted_saved(self) -> int | None:
+        if self._predicted is None:
+            return None
+        options = [list(plan.layers) for plan in self.plans]
+        return peak_in_order(self._problem(saved_only=True), options, fraction_of(self.plans))
+
+
+def _opens_more(before: Pipeline, after: Pipeline) -> bool:
+    """Whether a chunk of this stage would hold more micro-batches at once."""
+    if before == after:
+        return False
+    pairs = zip(open_counts(before, _stage()), open_counts(after, _stage()), strict=True)
+    return any(held < would for held, would in pairs)
+
+
+def _stage() -> int:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def _pipeline(micro_batches: int, config: Any) -> Pipeline:
+    from megatron.core import parallel_state
+
+    chunks = _chunks()
+    return Pipeline(
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        micro_batches,
+        chunks,
+        getattr(config, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None,
+    )
+
+
+def _chunks() -> int:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1

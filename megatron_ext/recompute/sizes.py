@@ -1,0 +1,55 @@
+"""What was measured at one size, at another: in proportion to what the closed forms say of both.
+
+A layer keeps so many bytes a token, and where attention writes its scores out, so many a pair of tokens
+(:mod:`megatron_ext.sequence_parallel.memory_forms`). What is recomputed in full keeps its input. Contract: pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..sequence_parallel.layer_shape import LayerShape
+from ..sequence_parallel.memory_forms import kept_bytes
+from .plan import FULL, parse_choice
+from .probe import Measured
+
+
+@dataclass(frozen=True)
+class Size:
+    """One micro-batch: `length` tokens a sequence before it is cut."""
+
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * self.length**2
+
+
+def scaled(measured: Measured, shape: LayerShape, strategy: str, before: Size, after: Size) -> Measured:
+    """The measurement of size `before`, for `after`."""
+    if before == after:
+        return measured
+    tokens = after.tokens / before.tokens
+    whole = _form(shape, strategy, after) / _form(shape, strategy, before)
+    if measured.choice == FULL:
+        kept, transient = tokens, whole
+    elif "core_attn" in parse_choice(measured.choice):
+        kept, transient = tokens, whole
+    else:
+        kept, transient = whole, whole
+    return replace(
+        measured,
+        kept_bytes=round(measured.kept_bytes * kept),
+        transient_bytes=round(measured.transient_bytes * transient),
+        forward_seconds=measured.forward_seconds * whole,
+        backward_seconds=measured.backward_seconds * whole,
+    )
+
+
+def _form(shape: LayerShape, strategy: str, size: Size) -> int:
+    return kept_bytes(shape, strategy, -(-size.tokens // shape.group_size), size.pairs)

@@ -1,0 +1,149 @@
+"""One pipeline rank's side of a plan: what its layers may do as a problem, and the solution as plans of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..sequence_parallel.layer_shape import LayerShape
+from .plan import FULL, NONE, ChunkPlan, Share
+from .probe import Measured
+from .schedule import Pipeline, corners, open_counts
+from .sizes import Size, scaled
+from .solver import Solution
+from .stage_memory import ChunkLayers, Fraction, LayerClass, Option, StageProblem
+from .stage_peak import least_in_order
+
+LEAST_SHARE = 0.01
+"""Of a layer's forward: what recomputing anything takes at least, whatever a noisy clock says."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was measured of one class of layers, at one size."""
+
+    measured: tuple[Measured, ...]
+    size: Size
+    shape: LayerShape | None
+    """None: a layer that the closed forms do not know; it is then known at this size only."""
+    strategy: str
+
+    def at(self, size: Size) -> tuple[Measured, ...]:
+        """The measurements for another size."""
+        if self.shape is None:
+            growth = size.pairs / self.size.pairs  # the most that it can be
+            return tuple(
+                replace(
+                    row,
+                    kept_bytes=round(row.kept_bytes * growth),
+                    transient_bytes=round(row.transient_bytes * growth),
+                )
+                for row in self.measured
+            )
+        return tuple(scaled(row, self.shape, self.strategy, self.size, size) for row in self.measured)
+
+
+def layer_class(name: str, rows: Sequence[Measured], *, saved_only: bool = False) -> LayerClass:
+    """Options of a layer. `saved_only`: of transients, only what recomputation saves once more."""
+    plain = next(row for row in rows if row.choice == NONE)
+    least = LEAST_SHARE * plain.forward_seconds
+    options = []
+    for row in rows:
+        again = max(0, plain.kept_bytes - row.kept_bytes)
+        options.append(
+            Option(
+                row.choice,
+                0.0 if row is plain else max(least, row.backward_seconds - plain.backward_seconds),
+                row.kept_bytes,
+                again if saved_only else row.transient_bytes,
+            )
+        )
+    return LayerClass(name, tuple(options))
+
+
+def problem_of(
+    pipeline: Pipeline,
+    stage: int,
+    layers: Sequence[Sequence[Hashable]],
+    classes: Mapping[Hashable, LayerClass],
+    outside_bytes: Sequence[int],
+    static_bytes: int,
+    limit_bytes: int,
+    *,
+    saved_only: bool = False,
+) -> StageProblem:
+    """`layers`: the class of each layer, by chunk. `outside_bytes`: kept by a micro-batch outside of them, by chunk.
+
+    The last stage's last chunk has the head: while its backward begins, the gradient of what it keeps is there too.
+    """
+    heads = [stage == pipeline.stages - 1 and number == pipeline.chunks - 1 for number in range(len(layers))]
+    return StageProblem(
+        tuple(
+            ChunkLayers(
+                tuple(classes[layer] for layer in chunk),
+                outside,
+                outside if head and not saved_only else 0,
+                head,
+            )
+            for chunk, outside, head in zip(layers, outside_bytes, heads, strict=True)
+        ),
+        corners(pipeline, stage),
+        open_counts(pipeline, stage),
+        static_bytes,
+        limit_bytes,
+    )
+
+
+def chunk_plans(problem: StageProblem, solution: Solution) -> tuple[ChunkPlan, ...]:
+    """The solution as each chunk runs it."""
+    plans = []
+    for number, names in enumerate(solution.options):
+        share = None
+        if solution.fraction is not None and solution.fraction.chunk == number:
+            share = Share(
+                solution.fraction.layer,
+                solution.fraction.option,
+                solution.fraction.micro_batches,
+                problem.window[number],
+            )
+        plans.append(ChunkPlan(tuple(names), share))
+    return tuple(plans)
+
+
+def fraction_of(plans: Sequence[ChunkPlan]) -> Fraction | None:
+    """The share of a rank's chunks, as the solver has it."""
+    for number, plan in enumerate(plans):
+        if plan.share is not None:
+            return Fraction(number, plan.share.layer, plan.share.choice, plan.share.micro_batches)
+    return None
+
+
+def recompute_seconds_by_chunk(problem: StageProblem, plans: Sequence[ChunkPlan]) -> tuple[float, ...]:
+    """Of one micro-batch through each chunk; with a share, the mean over its window."""
+    found = []
+    for chunk, plan in zip(problem.chunks, plans, strict=True):
+        spent = sum(layer[name].seconds for layer, name in zip(chunk.classes, plan.layers, strict=True))
+        if plan.share is not None:
+            layer = chunk.classes[plan.share.layer]
+            more = layer[plan.share.choice].seconds - layer[plan.layers[plan.share.layer]].seconds
+            spent += more * plan.share.micro_batches / plan.share.window
+        found.append(spent)
+    return tuple(found)
+
+
+def least_peak(problem: StageProblem) -> int:
+    """What the stage needs with everything recomputed: close to the least that a plan can do with, and enough."""
+    return least_in_order(problem).peak_bytes
+
+
+def first_layers(count: int, layers: int) -> ChunkPlan:
+    """Megatron-core's own order: the first `count` of `layers` are recomputed in full."""
+    return ChunkPlan((FULL,) * count + (NONE,) * (layers - count))
+
+
+def spread(count: int, layers: Sequence[int]) -> list[ChunkPlan]:
+    """`count` layers of a rank, evenly over its chunks of so many `layers`, the first ones of each."""
+    shares = [count * size // max(1, sum(layers)) for size in layers]
+    for number in range(count - sum(shares)):
+        shares[number % len(shares)] += 1
+    return [first_layers(min(share, size), size) for share, size in zip(shares, layers, strict=True)]
