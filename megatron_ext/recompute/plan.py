@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.versioned_json import read_versioned
+
 NONE, FULL = "none", "full"
 MODULES = ("core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts")
 """Names of Megatron-core's ``recompute_modules`` that a layer's choice may join."""
@@ -139,12 +141,7 @@ class RecomputePlan:
 
 def load_plan(path: str | Path, chunks: Mapping[tuple[int, int], int], key: str = KEY) -> RecomputePlan:
     """The plan of a file. `chunks`: how many layers each chunk of this job has. Raises ValueError that names `key`."""
-    content = _read(path, key)
-    try:
-        found = _parsed(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        cause = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{key} is {str(path)!r}, which is wrong: {cause}; save a new plan") from None
+    found = read_plan(path, key)
     layers = {place: len(chunk.layers) for place, chunk in found.chunks.items()}
     if layers != dict(chunks):
         raise ValueError(
@@ -156,29 +153,12 @@ def load_plan(path: str | Path, chunks: Mapping[tuple[int, int], int], key: str 
 
 def read_plan(path: str | Path, key: str = KEY) -> RecomputePlan:
     """The plan of a file, for whichever job it was made. Raises ValueError that names `key`."""
-    content = _read(path, key)
+    content = read_versioned(path, key, FORMAT, VERSION, noun="plan", again="save a new plan")
     try:
         return _parsed(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{key} is {str(path)!r}, which is wrong: {error}; save a new plan") from None
-
-
-def _read(path: str | Path, key: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{key} is {str(path)!r}, which cannot be read ({error.strerror}); name a plan"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{key} is {str(path)!r}, which is not JSON ({error}); name a plan") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{key} is {str(path)!r}, which is no plan (format {FORMAT!r}); name a plan")
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{key} is {str(path)!r} of version {content.get('version')!r}; allowed: {VERSION}; save a new plan"
-        )
-    return content
+        cause = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{key} is {str(path)!r}, which is wrong: {cause}; save a new plan") from None
 
 
 def _parsed(content: dict[str, Any]) -> RecomputePlan:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..sequence_parallel import memory_probe
+from ..sequence_parallel.aliases import alias_of
 from .layer_loop import set_modules
 from .plan import FULL, NONE
 
@@ -52,7 +53,7 @@ def measure_layer(
     `hidden`: [s / tp, b, h], whose size and dtype the random input gets. `options`: the other arguments of the layer.
     """
     found = []
-    there = [tensor for tensor in _tensors(options)]
+    there = [tensor for tensor in memory_probe.tensors_of(options)]
     with (
         _states_put_back(hidden),
         torch.inference_mode(False),
@@ -117,35 +118,12 @@ def _aliases(layer: nn.Module) -> Iterator[list[Tensor]]:
     try:
         for module, name, parameter in replaced:
             if id(parameter) not in made:
-                made[id(parameter)] = _alias(parameter, layer)
+                made[id(parameter)] = alias_of(parameter, layer.config)
             module._parameters[name] = made[id(parameter)]
         yield list(made.values())
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
-
-
-def _alias(parameter: nn.Parameter, layer: nn.Module) -> nn.Parameter:
-    """Its gradient is dropped as soon as it is complete, as Megatron's DDP drops it."""
-    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    if parameter.requires_grad:
-        alias.register_post_accumulate_grad_hook(_drop)
-    if getattr(layer.config, "gradient_accumulation_fusion", False):
-        alias.main_grad = torch.zeros_like(alias, dtype=torch.float32)  # what the fused kernel adds to
-    for mark in (
-        "sequence_parallel",
-        "tensor_model_parallel",
-        "partition_dim",
-        "partition_stride",
-        "allreduce",
-    ):
-        if hasattr(parameter, mark):
-            setattr(alias, mark, getattr(parameter, mark))
-    return alias
-
-
-def _drop(alias: Tensor) -> None:
-    alias.grad = None
 
 
 @contextmanager
@@ -160,13 +138,3 @@ def _states_put_back(hidden: Tensor) -> Iterator[None]:
             yield
         finally:
             tracker.set_states(states)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, tuple | list):
-        for branch in tree:
-            yield from _tensors(branch)

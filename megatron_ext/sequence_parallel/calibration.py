@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import memory_probe
+from .aliases import alias_of
 from .layer_shape import LayerShape
 from .micro_batch import MicroBatch, running
 from .profile import Measurement
@@ -50,7 +51,7 @@ def profile_layer(
 ) -> list[Measurement]:
     """Measurements of the block's layer at `place` under every strategy that can run; the same list on all ranks."""
     layer, group = switch.layers[place].layer, switch.group
-    aliases = {name: _alias(parameter, layer.config) for name, parameter in layer.named_parameters()}
+    aliases = {name: alias_of(parameter, layer.config) for name, parameter in layer.named_parameters()}
     weight = next(iter(aliases.values()))
     rows = []
     devices = [weight.device] if weight.is_cuda else []
@@ -91,23 +92,6 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, shared: Sequence[Tensor
         _synchronise(x)
         taken.append(time.perf_counter() - start)
     return sorted(taken)[REPEATS // 2], kept, transient
-
-
-def _alias(parameter: nn.Parameter, config: Any) -> Tensor:
-    """The same storage, a leaf of its own, whose gradient is dropped as soon as it is complete, as DDP drops it."""
-    alias = parameter.detach().requires_grad_(parameter.requires_grad)
-    if parameter.requires_grad:
-        alias.register_post_accumulate_grad_hook(_drop)
-    if getattr(config, "gradient_accumulation_fusion", False):
-        alias.main_grad = torch.zeros_like(alias, dtype=torch.float32)  # what Megatron's fused kernel adds to
-    for mark in ("sequence_parallel", "tensor_model_parallel", "allreduce"):
-        if hasattr(parameter, mark):
-            setattr(alias, mark, getattr(parameter, mark))
-    return alias
-
-
-def _drop(alias: Tensor) -> None:
-    alias.grad = None
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class _Followed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors((args, kwargs, result)):
+        for tensor in tensors_of((args, kwargs, result)):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._there:
                 self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
@@ -120,11 +120,12 @@ def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> set[int]:
     return {place for place, (reference, _) in storages.items() if not reference.expired()}
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """All in a tree of dicts, tuples and lists."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
+        yield from tensors_of(list(tree.values()))
     elif isinstance(tree, tuple | list):
         for branch in tree:
-            yield from _tensors(branch)
+            yield from tensors_of(branch)

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_ext.sequence_parallel.layer_shape import LayerShape
 from megatron_ext.sequence_parallel.names import STRATEGIES
+from megatron_ext.versioned_json import read_versioned
 
 FORMAT = "megatron_ext.sequence_parallel.profile"
 VERSION = 1
@@ -80,7 +81,7 @@ class Profile:
 
 def load_profile(path: str | Path, shape: LayerShape | None = None, key: str = "cost_model.load") -> Profile:
     """The profile of a file; `shape`: of the layer that it must be of. ValueError names `key`."""
-    content = _read(path, key)
+    content = read_versioned(path, key, FORMAT, VERSION, noun="profile", again="profile again")
     found = LayerShape.from_json(content.get("shape"), f"{key}: shape in {str(path)!r}")
     if shape is not None and found != shape:
         raise ValueError(
@@ -91,24 +92,6 @@ def load_profile(path: str | Path, shape: LayerShape | None = None, key: str = "
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{key} is {str(path)!r}, which has no measurements; profile again")
     return Profile(found, tuple(_rows(rows, path, key)), content.get("source") or {})
-
-
-def _read(path: str | Path, key: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{key} is {str(path)!r}, which cannot be read ({error.strerror}); name a profile"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{key} is {str(path)!r}, which is not JSON ({error}); name a profile") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{key} is {str(path)!r}, which is no profile (format {FORMAT!r}); name a profile")
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{key} is {str(path)!r} of version {content.get('version')!r}; allowed: {VERSION}; profile again"
-        )
-    return content
 
 
 def _rows(rows: list[Any], path: str | Path, key: str) -> Iterable[Measurement]:

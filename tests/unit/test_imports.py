@@ -119,6 +119,7 @@ ORDER = """
     ds_grass.cli
 
     megatron_ext.mpu
+    megatron_ext.versioned_json
     megatron_ext.sequence_parallel
     megatron_ext.sequence_parallel.names
     megatron_ext.config
@@ -170,6 +171,7 @@ ORDER = """
     megatron_ext.sequence_parallel.stopwatch
     megatron_ext.sequence_parallel.budget
     megatron_ext.sequence_parallel.memory_probe
+    megatron_ext.sequence_parallel.aliases
     megatron_ext.sequence_parallel.calibration
     megatron_ext.sequence_parallel.block_policy
 
