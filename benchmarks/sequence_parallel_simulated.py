@@ -4,9 +4,10 @@
 
 The truth that plans are charged with is never the planner's model: "published" are the authors' fitted times of their
 8 x A100 node, "fine" a simulator of kernels and messages with noise (`megatron_ext/sequence_parallel/truths.py`). The
-planner sees eight profiled lengths, 1K to the longest of the data, with 2 % noise. Lengths follow the ParaDySe
-paper's table for each data set; shapes are its own (non-causal, 12 h^2 weights). "saved" is time saved against a
-strategy that never switches, over the sequences that it can hold; the paper's headlines compare with the worst
+planner sees eight profiled lengths, 1K to the longest of the data, with 2 % noise; "from nothing", it profiles as a job
+does without a saved profile, while its sequences come, beginning with the closed forms of an H100. Lengths follow the
+ParaDySe paper's table for each data set; shapes are its own (non-causal, 12 h^2 weights). "saved" is time saved against
+a strategy that never switches, over the sequences that it can hold; the paper's headlines compare with the worst
 strategy, so both are printed. Every figure is simulated.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ext.sequence_parallel import simulator as sim
-from megatron_ext.sequence_parallel.cluster import PRESETS, Cluster
+from megatron_ext.sequence_parallel.cluster import PRESETS, PRIOR_CLUSTER, Cluster
 from megatron_ext.sequence_parallel.cost_model import AnalyticalModel
 from megatron_ext.sequence_parallel.forest import ForestModel
 from megatron_ext.sequence_parallel.held_out import held_out_error
@@ -82,6 +84,7 @@ def simulate(
     forest = settings.kind == "forest"
     factory = (lambda seen: ForestModel(truth.shape, seen)) if forest else prior.calibrated
     fitted = factory(measurements)
+    from_nothing = factory if forest else AnalyticalModel(truth.shape, PRESETS[PRIOR_CLUSTER]).calibrated
     lengths = data.draw(settings.sequences, settings.seed)
     orders = {
         "sorted": sorted(lengths),
@@ -97,7 +100,7 @@ def simulate(
         "held_out_time": {name: round(error.time, 4) for name, error in errors.items()},
         "held_out_memory": {name: round(error.memory, 4) for name, error in errors.items()},
         "max_tokens": max_tokens(case, fitted),
-        "orders": {name: compare(case, fitted, given) for name, given in orders.items()},
+        "orders": {name: compare(case, fitted, from_nothing, given) for name, given in orders.items()},
         "warnings": [error.warning for error in errors.values() if error.warning],
         "paper": PAPER.get((model, data.name)),
     }
@@ -115,20 +118,25 @@ def max_tokens(case: sim.Case, model: Any) -> dict[str, int]:
     return found
 
 
-def compare(case: sim.Case, model: Any, lengths: list[int]) -> dict[str, Any]:
+def compare(
+    case: sim.Case, model: Any, from_nothing: Callable[..., Any], lengths: list[int]
+) -> dict[str, Any]:
     """The planner beside the oracle and beside every strategy that never switches."""
     oracle = sim.run(case, lengths, case.oracle)
     ours = sim.run(case, lengths, sim.planned(case, case.planner(model)))
+    growing = sim.Growing(case, from_nothing)
     variants = {
         "regret": ours,
         "regret_unsmoothed": sim.run(case, lengths, sim.planned(case, case.planner(model, smoothing=0.0))),
         "regret_model": sim.run(case, lengths, sim.planned(case, case.planner(model, "model"))),
+        "regret_from_nothing": sim.run(case, lengths, growing),
     }
     singles = {name: sim.run(case, lengths, case.single(name)) for name in case.truth.strategies}
     by_all = np.logical_and.reduce([run.trained for run in singles.values()]) & ours.trained
     order = sorted(singles, key=lambda name: singles[name].seconds(by_all))
     return {
         **{name: regret(run, oracle) for name, run in variants.items()},
+        "profiled_from_nothing": len(growing.profiled),
         "over_limit": int((oracle.trained & ~ours.trained).sum()),
         "excess": max(
             0.0, max(c.peak_bytes for c in np.array(ours.choices)[oracle.trained]) / case.limit_bytes - 1
@@ -156,10 +164,15 @@ def saved(ours: sim.Run, other: sim.Run, where: np.ndarray) -> float:
 
 
 def print_tables(console: Console, results: list[dict[str, Any]]) -> None:
-    table = Table(title="simulated: time, planner with eight profiled lengths, sorted / shuffled")
+    table = Table(
+        title="simulated: time, planner with eight profiled lengths, sorted / shuffled; from nothing: shuffled"
+    )
     for column in (
         "case",
         "regret %",
+        "unsmoothed %",
+        "from nothing %",
+        "over the limit",
         "switches",
         "saved against TS %",
         "best single %",
@@ -174,6 +187,7 @@ def print_tables(console: Console, results: list[dict[str, Any]]) -> None:
             f"{result['cluster']} {result['model']} {result['data']} {result['truth']}",
             " / ".join(f"{100 * order['regret']:.2f}" for order in orders),
             " / ".join(f"{100 * order['regret_unsmoothed']:.2f}" for order in orders),
+            f"{100 * some['regret_from_nothing']:.2f}",
             " / ".join(str(order["over_limit"]) for order in orders),
             " / ".join(str(order["switches"]) for order in orders),
             " / ".join(f"{100 * order['saved']['megatron_ts']:.1f}" for order in orders),

@@ -107,7 +107,7 @@ class SequenceParallelConfig(Block):
     granularity: Literal["layer", "model"] = key("layer", '"layer" or "model"')
     """`layer`: layers may differ. `model`: all layers of a micro-batch use one strategy."""
 
-    smoothing: float = key(0.05, "a number from 0 to 1", ge=0, le=1)
+    smoothing: float = key(0.02, "a number from 0 to 1", ge=0, le=1)
     """The plan of the length before is kept where it fits and is slower than the best by at most this share. 0: always
     the best."""
 

@@ -21,7 +21,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_grass.telemetry.human import human_bytes
@@ -32,12 +31,12 @@ from ..sequence_parallel import budget
 from ..sequence_parallel.switch import group_of
 from ..telemetry import Telemetry
 from . import layer_loop
+from .held import Held
 from .layer_classes import allowed_modules
 from .layer_loop import LayerLoop
 from .measurements import Measurements
 from .plan import ChunkPlan, load_plan
 from .policies import layers_recomputed
-from .saved_bytes import SavedBytes
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .stage import chunk_plans, first_layers, fraction_of, least_peak, problem_of, spread
@@ -63,8 +62,9 @@ class Recomputation:
         name: str,
     ):
         """`name`: of the job, equal on all ranks."""
-        self._config, self._memory, self._ranks_on_node = config, memory, ranks_on_node
+        self._config = config
         self._loops: dict[nn.Module, LayerLoop] = {}
+        self._held = Held(self._loops, memory, ranks_on_node)
         self._board: Board | None = None
         self._measurements = Measurements(self._loops, config.modules, telemetry)
         self._story = Storyteller(config, telemetry, name)
@@ -79,7 +79,6 @@ class Recomputation:
         """No plan yet: everything is recomputed."""
         self._trains: tuple[bool, ...] = ()
         self._frozen = False
-        self._saved: SavedBytes | None = None
         self.own_seconds = 0.0
         """Spent in here at the beginnings of steps whose plan is frozen."""
 
@@ -153,7 +152,7 @@ class Recomputation:
             self._story.plan_of_nothing(_pipeline(micro_batches, next(iter(self._loops)).config), self.plans)
             yield
             return
-        pipeline = _pipeline(micro_batches, self._block.config)
+        pipeline = _pipeline(micro_batches, self._held.block.config)
         more = self._pipeline is not None and _opens_more(self._pipeline, pipeline)
         if self._pipeline is None or more:
             self._pipeline = pipeline
@@ -167,20 +166,20 @@ class Recomputation:
         watching = not self._frozen
         if not watching:
             self.own_seconds += time.perf_counter() - start
-        with self._watched() if watching else nullcontext():
+        with self._held.watched() if watching else nullcontext():
             yield
         if watching and not self._probing:
             self._verify()
 
     def forward_begins(self) -> None:
         """One forward pass of the schedule."""
-        if self._saved is not None and self._measurements and self._probing:
-            self._measurements.forward_begins(self._device)
+        if self._held.saved is not None and self._measurements and self._probing:
+            self._measurements.forward_begins(self._held.device)
 
     def forward_ended(self) -> None:
         """It has ended."""
-        if self._saved is not None and self._measurements and self._probing:
-            self._measurements.forward_ended(self._device, self._saved.now)
+        if self._held.saved is not None and self._measurements and self._probing:
+            self._measurements.forward_ended(self._held.device, self._held.saved.now)
 
     def _notice_what_trains(self) -> None:
         """Weights that were frozen or freed since: layers keep other bytes, and are measured anew."""
@@ -220,15 +219,6 @@ class Recomputation:
 
     # -- planning -------------------------------------------------------------------------------------------------
 
-    @property
-    def _block(self) -> nn.Module:
-        """Any that has layers."""
-        return next(block for block in self._loops if len(block.layers))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._block.parameters()).device
-
     def _make_plan(self) -> None:
         problem = self._problem()
         start = time.perf_counter()
@@ -249,7 +239,7 @@ class Recomputation:
             solution,
             layers,
             outside,
-            budget.static_bytes(self._block.layers[0], torch.device("cpu")),  # counted by parameter
+            budget.static_bytes(self._held.block.layers[0], torch.device("cpu")),  # counted by parameter
             self._largest,
             solved_in,
         )
@@ -270,7 +260,7 @@ class Recomputation:
                 self._config.policy, self._config.ratio or 0.0, windows, [sum(counts) for counts in layers]
             )
             self._use(spread(counts[_stage()], [len(block.layers) for block in self._loops]))
-        self._story.plan_of_rule(self._pipeline, self.plans, self._limit())
+        self._story.plan_of_rule(self._pipeline, self.plans, self._held.limit())
 
     def _use(self, plans: Sequence[ChunkPlan]) -> None:
         """Ranks that replay collectives together must run the same."""
@@ -291,33 +281,10 @@ class Recomputation:
             [self._measurements.classes_of(block) for block in self._loops],
             self._measurements.layer_classes(self._largest, saved_only=saved_only),
             self._measurements.outside_bytes(self._largest),
-            self._most_of_group(self._static_bytes()),
-            self._limit() - self._less,
+            self._held.most_of_group(self._held.static()),
+            self._held.limit() - self._less,
             saved_only=saved_only,
         )
-
-    def _limit(self) -> int:
-        """Without what others than PyTorch hold on the device (its context, NCCL) where it is a share of the device."""
-        limit = budget.limit_of(self._memory, self._device, self._ranks_on_node)
-        if self._memory.limit is not None or self._device.type != "cuda":
-            return limit
-        free, total = torch.cuda.mem_get_info(self._device)
-        of_others = max(0, total - free - torch.cuda.memory_reserved(self._device))
-        return limit - int(self._memory.fraction * of_others)
-
-    def _static_bytes(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        return sum(budget.static_bytes(block, self._device) for block in self._loops)
-
-    def _most_of_group(self, number: int) -> int:
-        """The same on all ranks of the tensor-parallel group."""
-        group = group_of(self._block)
-        if group.size() == 1:
-            return number
-        most = torch.tensor([number], device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-        return int(most.item())
 
     def _nothing_fits(self, problem: StageProblem) -> str:
         needed = human_bytes(least_peak(problem))
@@ -332,26 +299,11 @@ class Recomputation:
 
     # -- verifying ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._saved = SavedBytes(parameter for block in self._loops for parameter in block.parameters())
-        try:
-            with self._saved:
-                yield
-            self._saved_peak = self._saved.peak
-        finally:
-            self._saved = None
-
     def _verify(self) -> None:
         """What the step held, against the prediction and the limit."""
-        if self._device.type == "cuda":
-            measured, predicted = torch.cuda.max_memory_allocated(self._device), self._predicted
-        else:  # nothing is counted there but what autograd holds
-            measured, predicted = self._static_bytes() + self._saved_peak, self._predicted_saved()
-        limit = self._limit()
-        over = self._most_of_group(max(0, measured - limit))
+        measured, limit = self._held.peak(), self._held.limit()
+        predicted = self._predicted if self._held.counts_everything else self._predicted_saved()
+        over = self._held.most_of_group(max(0, measured - limit))
         if over and self.is_measured:
             self._story.verified(measured, predicted, limit, frozen=False)
             self._less += over

@@ -2,16 +2,15 @@
 
 When the first micro-batch comes, all ranks of the tensor-parallel group are here with it: layers are profiled or a
 saved profile is read, memory is measured, and the ranks compare what their plans will follow from. Then a plan is one
-look into a dictionary; a size that was never seen is planned, compared with the other ranks once, and told.
+look into a dictionary; a size that was never seen is planned, compared with the other ranks once, and told. One that is
+beyond what was profiled is profiled first.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,24 +21,17 @@ from ds_grass.telemetry.human import human_bytes
 from ..board import Board
 from ..config import MegatronExtConfig
 from ..telemetry import Telemetry
-from . import budget, calibration
-from .cluster import Cluster, find_cluster
-from .cost_model import AnalyticalModel, CostModel
-from .forest import ForestModel
-from .held_out import HeldOutError, held_out_error
+from . import budget
+from .known_costs import KnownCosts
 from .layer_shape import LayerShape
 from .memory_forms import logits_bytes
 from .names import NATIVE, STRATEGIES
-from .planner import LayerKind, Plan, Planner
-from .profile import Measurement, Profile, load_profile
+from .planner import LayerKind, Plan, Planner, runnable
 from .recomputed import layers_together
 from .shape_of import shape_of
 from .switch import BlockSwitch
 
 logger = logging.getLogger("megatron_ext")
-
-PRIOR_CLUSTER = "8xH100-80G"
-"""Whose rates the closed forms are divided by before a profile replaces them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class BlockPolicy:
         self._surroundings = surroundings
         self._config = surroundings.config.sequence_parallel
         self._planner: Planner | None = None
+        self._costs: KnownCosts | None = None
         self._switch: BlockSwitch | None = None
         self._shapes: list[LayerShape | None] = []
         self._seen: set[tuple[int, int, tuple[str, ...]]] = set()
@@ -84,6 +77,9 @@ class BlockPolicy:
         if self._planner is None:
             self._prepare(batch, length)
         assert self._planner is not None
+        assert self._costs is not None
+        if batch * length > self._costs.reach:
+            self._profile_also(batch, length)
         lengths = (
             None
             if documents is None
@@ -130,81 +126,76 @@ class BlockPolicy:
     def _prepare(self, batch: int, length: int) -> None:
         assert self._switch is not None
         switch = self._switch
-        # A profile runs collectives of this size.
-        self._surroundings.board.compare("the first micro-batch", {"batch": batch, "length": length})
-        places: dict[tuple[LayerShape | None, int], list[int]] = defaultdict(list)
-        recomputed = layers_together(switch.block.config, len(self._shapes))
-        for place, kind in enumerate(zip(self._shapes, recomputed, strict=True)):
-            places[kind].append(place)
         shapes = list(dict.fromkeys(filter(None, self._shapes)))
-        known = shapes[0]
-        models = {shape: self._cost_model(shape, batch, length) for shape in shapes}
-        kinds = [
-            LayerKind(
-                models[shape or known],
-                tuple(layers),
-                (NATIVE,)
-                if shape is None
-                else tuple(n for n, why in self.allowed(shape).items() if why is None),
-                together,
-            )
-            for (shape, together), layers in places.items()
-        ]
+        one_of_each = {shape: (self._shapes.index(shape), self._able(shape)) for shape in shapes}
+        self._ready_to_profile("the first micro-batch", batch, length)
+        self._costs = KnownCosts(self._config, self._surroundings.telemetry, switch, one_of_each)
+        self._costs.start(batch, length)
         measured = budget.measure(
             switch.block, self._surroundings.config.memory, self._surroundings.ranks_on_node
         )
         # Ranks may measure a few bytes more or less; the least is everybody's.
         least = torch.tensor([measured.activation_bytes], device=next(switch.block.parameters()).device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=switch.group)
+        self._plan_with(int(least.item()))
+        assert self._planner is not None
+        self._surroundings.telemetry.log.write(
+            "budget", **asdict(measured), planned_bytes=self._planner.budget_bytes
+        )
+
+    def _profile_also(self, batch: int, length: int) -> None:
+        """What is planned from now on follows from this size, too."""
+        assert self._planner is not None
+        assert self._costs is not None
+        self._ready_to_profile(f"a profile of {batch} x {length} tokens", batch, length)
+        self._costs.extend(batch, length, self._planner.budget_bytes)
+        self._plan_with(self._planner.budget_bytes)
+
+    def _ready_to_profile(self, what: str, batch: int, length: int) -> None:
+        """A profile runs collectives of this size: on all ranks the same, and one that some strategy can run."""
+        for shape in dict.fromkeys(filter(None, self._shapes)):
+            runnable(shape, self._able(shape), batch, length)
+        self._surroundings.board.compare(what, {"batch": batch, "length": length})
+
+    def _plan_with(self, budget_bytes: int) -> None:
+        """A planner from what is known now, after the ranks have compared that."""
+        assert self._switch is not None
+        assert self._costs is not None
+        models = self._costs.models
+        known = next(iter(models))
+        places: dict[tuple[LayerShape | None, int], list[int]] = defaultdict(list)
+        recomputed = layers_together(self._switch.block.config, len(self._shapes))
+        for place, kind in enumerate(zip(self._shapes, recomputed, strict=True)):
+            places[kind].append(place)
+        kinds = [
+            LayerKind(
+                models[shape or known],
+                tuple(layers),
+                (NATIVE,) if shape is None else self._able(shape),
+                together,
+            )
+            for (shape, together), layers in places.items()
+        ]
+        previous = self.predicted()
         self._planner = Planner(
             kinds,
-            int(least.item()),
+            budget_bytes,
             granularity=self._config.granularity,
             smoothing=self._config.smoothing,
             outside_bytes=lambda batch, length: logits_bytes(
                 batch * length, self.vocabulary, known.element_bytes
             ),
         )
+        self._planner.previous = previous
         facts = {
             "the cost model": [kind.model.fingerprint() for kind in kinds],
             "the memory budget": self._planner.budget_bytes,
         }
         self._surroundings.board.compare("what plans follow from", facts)
-        self._surroundings.telemetry.log.write(
-            "budget", **asdict(measured), planned_bytes=self._planner.budget_bytes
-        )
 
-    def _cost_model(self, shape: LayerShape, batch: int, length: int) -> CostModel:
-        assert self._switch is not None
-        settings = self._config.cost_model
-        if settings.load:
-            profile = load_profile(settings.load, shape, "megatron_ext.sequence_parallel.cost_model.load")
-        elif self._config.strategy:
-            return AnalyticalModel(shape, _prior(shape))  # nothing is chosen, so nothing need be measured
-        else:
-            place = self._shapes.index(shape)
-            names = [name for name, why in self.allowed(shape).items() if why is None]
-            rows = calibration.profile_layer(self._switch, place, shape, batch, length, names)
-            profile = Profile(shape, tuple(rows), {"torch": torch.__version__})
-        if settings.save and dist.get_rank() == 0:
-            profile.save(Path(settings.save))
-
-        def model_of(rows: Sequence[Measurement]) -> CostModel:
-            if settings.kind == "forest":
-                return ForestModel(shape, rows)
-            return AnalyticalModel(shape, _prior(shape)).calibrated(rows)
-
-        if dist.get_rank() == 0:
-            self._tell_errors(held_out_error(model_of, profile.measurements))
-        return model_of(profile.measurements)
-
-    def _tell_errors(self, errors: Mapping[str, HeldOutError]) -> None:
-        """How well the model knows lengths that it was not made from."""
-        for error in errors.values():
-            self._surroundings.telemetry.log.write("held_out_error", **asdict(error))
-        warnings = [error.warning for error in errors.values() if error.warning]
-        if warnings:
-            logger.warning("megatron_ext: the cost model's held-out error: %s", "; ".join(warnings))
+    def _able(self, shape: LayerShape) -> tuple[str, ...]:
+        """What is allowed and can run."""
+        return tuple(name for name, reason in self.allowed(shape).items() if reason is None)
 
     def _first_time(
         self, key: tuple[int, int, tuple[str, ...]], plan: Plan, documents: tuple[int, ...] | None
@@ -229,10 +220,6 @@ class BlockPolicy:
                 "may take; it runs all the same",
                 batch, length, human_bytes(plan.peak_bytes), human_bytes(self._planner.budget_bytes),
             )  # fmt: skip
-
-
-def _prior(shape: LayerShape) -> Cluster:
-    return find_cluster(PRIOR_CLUSTER)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

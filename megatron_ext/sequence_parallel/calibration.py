@@ -5,8 +5,7 @@ gradient, hook or bucket of the job is touched. Inputs are random, and the job's
 of the group take part, and what the slowest and largest measured is everybody's measurement: from equal measurements
 follow equal cost models and equal plans.
 
-Lengths are few and powers of four apart, up to that of the micro-batch that is waiting; closed forms fitted to them
-say the rest. On a GPU the allocator's peak statistics start anew.
+Which lengths: :mod:`.profile_sizes`. Closed forms fitted to them say the rest.
 """
 
 from __future__ import annotations
@@ -28,28 +27,19 @@ from .profile import Measurement
 from .switch import BlockSwitch
 
 REPEATS = 3
-STEP = 4
-MOST_LENGTHS = 3
 _RECOMPUTED = ("recompute_mlp", "recompute_input_layernorm", "recompute_pre_mlp_layernorm")
 
 
-def lengths_up_to(length: int, group_size: int) -> list[int]:
-    """At most three lengths to profile, the longest first: each divides into two chunks for every rank."""
-    unit = 2 * group_size
-    found: list[int] = []
-    while len(found) < MOST_LENGTHS:
-        rounded = max(unit, length // unit * unit)
-        if found and rounded >= found[-1]:
-            break
-        found.append(rounded)
-        length //= STEP
-    return found
-
-
 def profile_layer(
-    switch: BlockSwitch, place: int, shape: LayerShape, batch: int, length: int, strategies: Sequence[str]
+    switch: BlockSwitch,
+    place: int,
+    shape: LayerShape,
+    batch: int,
+    lengths: Sequence[int],
+    strategies: Sequence[str],
 ) -> list[Measurement]:
-    """Measurements of the block's layer at `place` under every strategy that can run; the same list on all ranks."""
+    """Measurements of the block's layer at `place` at these lengths, under every strategy that can run; the same list
+    on all ranks."""
     layer, group = switch.layers[place].layer, switch.group
     aliases = {name: alias_of(parameter, layer.config) for name, parameter in layer.named_parameters()}
     weight = next(iter(aliases.values()))
@@ -57,7 +47,7 @@ def profile_layer(
     devices = [weight.device] if weight.is_cuda else []
     # The first micro-batch may be one of an evaluation.
     with torch.random.fork_rng(devices), _whole(layer), torch.inference_mode(False), torch.enable_grad():
-        for size in lengths_up_to(length, group.size()):
+        for size in lengths:
             tables = _first_rows(switch.call.get("rotary_pos_emb"), size)
             for name in strategies:
                 if shape.obstacle(name, batch, size) is not None:

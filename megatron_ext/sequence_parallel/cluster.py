@@ -91,6 +91,9 @@ PRESETS = {
 }
 """NVIDIA's data sheets of the SXM modules; NVLink's 600 and 900 GB/s count both directions. 64xH100: a group a node."""
 
+PRIOR_CLUSTER = "8xH100-80G"
+"""Whose rates a job's closed forms are divided by until it has profiled."""
+
 
 def find_cluster(name: str, option: str = "cluster") -> Cluster:
     """A preset by name, or a JSON file of a description by path. ValueError names `option`."""

@@ -3,8 +3,8 @@
 Contract: `predict` is a pure function of (strategy, batch, length, documents) with the same result on every rank that
 has the same `fingerprint()`. The analytical model divides closed forms by a cluster's rates: latency and bandwidth for
 each collective, one after the other, with no overlap. Calibrated, each quantity of a strategy is instead
-c0 closed form + c1 + c2 tokens + c3 pairs with c >= 0, which can only grow with the length; of time all four, of kept
-bytes the last three, of transient ones the first.
+c0 closed form + c1 + c2 tokens + c3 pairs with c >= 0, which can only grow with the length; of time all four, as far as
+the number of sizes can tell them apart, of kept bytes the last three, of transient ones the first.
 
 Not covered: overlap of communication with compute, other than what a calibration has seen.
 """
@@ -27,6 +27,9 @@ from megatron_ext.sequence_parallel.profile import Measurement
 
 Documents = tuple[int, ...]
 QUANTITIES = ("seconds", "kept_bytes", "transient_bytes")
+
+WRONG_SHAPE = 0.05
+"""Relative error at a measured length beyond which the closed form, scaled, is not trusted for others."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,18 @@ class AnalyticalModel:
         )
 
 
-def terms_for(sizes: int) -> int:
-    """Coefficients that so many different sizes can tell apart: one size scales the closed form, three add a constant,
-    five and more let the powers take over where the closed form has the wrong shape."""
-    return 4 if sizes >= 5 else 2 if sizes >= 3 else 1
+def _fit_seconds(columns: list[tuple[float, float, int, int]], values: list[float], sizes: int) -> Fit:
+    """One or two sizes scale the closed form, three add a constant. That is enough where the closed form has the
+    machine's shape; where it is `WRONG_SHAPE` off, as many terms as the sizes can tell apart, whichever fit best."""
+    if sizes < 3:
+        return Fit(*fit_relative([column[:1] for column in columns], values))
+    fit = Fit(*fit_relative([column[:2] for column in columns], values))
+    if sizes < 5 and all(
+        abs(fit.value(tokens, pairs, prior) / value - 1) <= WRONG_SHAPE
+        for (prior, _, tokens, pairs), value in zip(columns, values, strict=True)
+    ):
+        return fit
+    return Fit(*fit_relative(columns, values, most=sizes - 1))
 
 
 def digest_of(content: Any) -> str:
@@ -145,7 +156,7 @@ def _fit(prior: AnalyticalModel, rows: list[Measurement], quantity: str) -> Fit:
         # the largest of several terms: right where memory matters, at the longest
         longest = max(range(len(rows)), key=lambda place: (rows[place].pairs, rows[place].tokens))
         return Fit(values[longest] / priors[longest])
-    return Fit(*fit_relative([column[: terms_for(sizes)] for column in columns], values))
+    return _fit_seconds(columns, values, sizes)
 
 
 # -- the prior --------------------------------------------------------------------------------------------------------

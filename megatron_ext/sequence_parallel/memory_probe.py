@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import device_peak
+
 
 def measure(run: Callable[[], Tensor], layer_input: Tensor, shared: Iterable[Tensor]) -> tuple[int, int]:
     """(kept, transient) bytes of `run`, a forward from `layer_input` whose output is run backward here.
@@ -85,11 +87,13 @@ class _Allocator:
         self.peak_bytes = 0
 
     def __enter__(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
+        self._profiled = device_peak.profiled(self._device)
+        self._profiled.__enter__()
         self._before = torch.cuda.memory_allocated(self._device)
 
     def __exit__(self, *exception: Any) -> None:
         self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+        self._profiled.__exit__(*exception)
 
 
 class _Followed(TorchDispatchMode):

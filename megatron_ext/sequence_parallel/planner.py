@@ -17,6 +17,7 @@ from typing import Literal
 
 from megatron_ext.sequence_parallel.choice import Choice, LayerClass, choose_counts, choose_one, evaluate
 from megatron_ext.sequence_parallel.cost_model import Cost, CostModel, Documents
+from megatron_ext.sequence_parallel.layer_shape import LayerShape
 from megatron_ext.sequence_parallel.names import STRATEGIES
 from megatron_ext.sequence_parallel.recomputed import recomputed_cost
 
@@ -66,7 +67,7 @@ class Planner:
         budget_bytes: int,
         *,
         granularity: Literal["layer", "model"] = "layer",
-        smoothing: float = 0.05,
+        smoothing: float = 0.02,
         outside_bytes: Callable[[int, int], int] = lambda batch, length: 0,
     ):
         """`budget_bytes`: for activations. `outside_bytes` of (batch, length): held outside the layers while all that
@@ -139,6 +140,18 @@ class Planner:
         return Plan(names, choice.seconds, choice.peak_bytes, choice.fits)
 
 
+def runnable(shape: LayerShape, strategies: Sequence[str], batch: int, length: int) -> list[str]:
+    """Those that can run these sizes; ValueError with each one's reason where none can."""
+    obstacles = {name: shape.obstacle(name, batch, length) for name in strategies}
+    able = [name for name, obstacle in obstacles.items() if obstacle is None]
+    if not able:
+        raise ValueError(
+            f"no strategy of {', '.join(strategies)} can run {batch} x {length} tokens: "
+            + "; ".join(filter(None, obstacles.values()))
+        )
+    return able
+
+
 def in_order(costs: Mapping[str, Cost], counts: Mapping[str, int]) -> list[str]:
     """Names of layers that are alike, the largest transient first.
 
@@ -155,13 +168,7 @@ def in_order(costs: Mapping[str, Cost], counts: Mapping[str, int]) -> list[str]:
 def _costs(
     kind: LayerKind, batch: int, length: int, documents: Documents | None, outside: int
 ) -> dict[str, Cost]:
-    obstacles = {name: kind.model.shape.obstacle(name, batch, length) for name in kind.strategies}
-    able = [name for name, obstacle in obstacles.items() if obstacle is None]
-    if not able:
-        raise ValueError(
-            f"no strategy of {', '.join(kind.strategies)} can run {batch} x {length} tokens: "
-            + "; ".join(filter(None, obstacles.values()))
-        )
+    able = runnable(kind.model.shape, kind.strategies, batch, length)
     costs = {name: kind.model.predict(name, batch, length, documents) for name in able}
     if together := kind.recomputed_together:
         shape = kind.model.shape

@@ -1,9 +1,10 @@
 """How much switching is worth on a simulated machine: regret, gains, lengths, switches.
 
 Contract: pure; one case is a truth (not the planner's model), a number of layers, a memory limit and a list of
-lengths. The planner is calibrated on at most eight profiled lengths of the truth, with measurement noise, and is then
-charged what its plans cost in the truth. The oracle decides on the truth itself, for each length, under the same limit;
-regret is the planner's time over the oracle's. Every figure is simulated.
+lengths. The planner is calibrated on at most eight profiled lengths of the truth, with measurement noise, or on those
+that a job profiles while its sequences come, and is then charged what its plans cost in the truth. The oracle decides
+on the truth itself, for each length, under the same limit; regret is the planner's time over the oracle's. Every figure
+is simulated.
 
 Not covered: the optimizer's step, time between micro-batches, real fragmentation.
 """
@@ -22,6 +23,7 @@ from megatron_ext.sequence_parallel.cost_model import CostModel
 from megatron_ext.sequence_parallel.memory_forms import logits_bytes
 from megatron_ext.sequence_parallel.planner import LayerKind, Planner
 from megatron_ext.sequence_parallel.profile import Measurement
+from megatron_ext.sequence_parallel.profile_sizes import REACH, first_lengths, more_lengths
 from megatron_ext.sequence_parallel.truths import Truth
 
 K = 1024
@@ -106,7 +108,7 @@ class Case:
                 rows.append(Measurement(name, 1, length, seconds, cost.kept_bytes, cost.transient_bytes))
         return rows
 
-    def planner(self, model: CostModel, granularity: str = "layer", smoothing: float = 0.05) -> Planner:
+    def planner(self, model: CostModel, granularity: str = "layer", smoothing: float = 0.02) -> Planner:
         kind = LayerKind(model, tuple(range(self.layers)), self.truth.strategies)
         return Planner(
             [kind],
@@ -159,6 +161,35 @@ def planned(case: Case, planner: Planner) -> Callable[[int], Choice]:
         return case.charged(length, {name: names.count(name) for name in set(names)})
 
     return policy
+
+
+class Growing:
+    """A policy: plans of a job that begins with nothing, and profiles what it has to while its sequences come."""
+
+    def __init__(self, case: Case, model_of: Callable[[Sequence[Measurement]], CostModel], seed: int = 1):
+        self._case, self._model_of, self._seed = case, model_of, seed
+        self._rows: list[Measurement] = []
+        self._planner: Planner | None = None
+        self._reach = 0
+        self.profiled: list[int] = []
+        """Lengths, as they came."""
+
+    def __call__(self, length: int) -> Choice:
+        ranks = self._case.truth.shape.group_size
+        if self._planner is None:
+            self._profile(first_lengths(length, ranks))
+        elif length > self._reach:
+            self._profile(more_lengths(length, ranks, self._reach))
+        assert self._planner is not None
+        return planned(self._case, self._planner)(length)
+
+    def _profile(self, lengths: list[int]) -> None:
+        self._rows += self._case.profile(lengths, self._seed + len(self.profiled))
+        self.profiled += lengths
+        previous = self._planner.previous if self._planner else None
+        self._planner = self._case.planner(self._model_of(self._rows))
+        self._planner.previous = previous
+        self._reach = REACH * lengths[0]
 
 
 def longest(fits: Callable[[int], bool], most: int = 4096 * K) -> int:

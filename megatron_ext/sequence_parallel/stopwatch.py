@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import device_peak
+
 Finished = Callable[[float, "int | None"], None]
 
 
@@ -84,7 +86,7 @@ def _between(first: Any, second: Any) -> float:
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return device_peak.peak_bytes(device) if device.type == "cuda" else 0
 
 
 def _held(device: torch.device) -> int:

@@ -102,20 +102,23 @@ def another_cost_model_is_named(ctx: Context) -> None:
                 _forward(decoder, 32)
 
 
-@case(ranks=(2,), first=(True, False))
-def another_length_is_named(ctx: Context, first: bool) -> None:
-    """A rank whose stage was handed a longer micro-batch, at the first one, which is profiled, or at a later one."""
+@case(ranks=(2,), when=("first", "planned", "profiled"))
+def another_length_is_named(ctx: Context, when: str) -> None:
+    """A rank whose stage was handed another micro-batch: the first, one to plan, or one that is much longer."""
+    before, mine, other = {"first": (None, 32, 64), "planned": (64, 32, 48), "profiled": (16, 64, 96)}[when]
+    if ctx.rank:
+        mine, other = other, mine
     with megatron_models.parallel_state(tp=2), applied({}):
         decoder = megatron_models.build(GPT())[0].decoder
-        length = 32 if ctx.rank else 64
-        if first:
+        if before is None:
             with told(ValueError, "about the first micro-batch: length (32 against 64|64 against 32)"):
-                _forward(decoder, length)
+                _forward(decoder, mine)
             return
-        _forward(decoder, 16)
-        other = rf"rank {1 - ctx.rank} did not answer rank {ctx.rank} about the plan for 2 x {length} tokens"
-        with told(RuntimeError, f"{other}.* last is the plan for 2 x {96 - length} tokens"):
-            _forward(decoder, length)
+        _forward(decoder, before)
+        what = {"planned": "the plan for", "profiled": "a profile of"}[when]
+        silent = rf"rank {1 - ctx.rank} did not answer rank {ctx.rank} about {what} 2 x {mine} tokens"
+        with told(RuntimeError, f"{silent}.* last is {what} 2 x {other} tokens"):
+            _forward(decoder, mine)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,30 @@ def plans_fit_their_limit_and_lose_nothing(ctx: Context, kind: str) -> dict:
     return chosen
 
 
+@case(ranks=(2,))
+def what_is_much_longer_is_profiled_when_it_comes(ctx: Context) -> None:
+    """The first micro-batch is short; one up to twice as long follows from it, one beyond does not. Nothing is lost."""
+    gpt, profile = GPT(length=256), ctx.folder / "profile.json"
+    weights = plain_gpt.full_weights(gpt)
+    batches = [plain_gpt.make_batch(gpt, n, length=n) for n in (16, 32, 256, 64)]
+    expected, exact = plain_gpt.loss_and_gradients(gpt, weights, batches)
+    with megatron_models.parallel_state(tp=2), applied(ctx, {"cost_model": {"save": str(profile)}}) as log:
+        chunks = megatron_models.build(gpt)
+        losses = megatron_models.forward_backward(chunks, batches)
+        worst, where = megatron_models.largest_difference(megatron_models.gather_gradients(chunks), exact)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    assert worst <= 1e-12, f"{where}: {worst:.1e}"
+    assert _profiled(log) == [[16, 4], [256, 64]]
+    rows = json.loads(profile.read_text())["measurements"]
+    assert [row["length"] for row in rows if row["strategy"] == "ring"] == [16, 4, 256, 64]
+
+
+def _profiled(log: Path) -> list[list[int]]:
+    """Lengths of each profile."""
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["lengths"] for line in told if line["event"] == "profile"]
+
+
 def _make_leaner_slower(file: Path) -> None:
     """Twice as slow from each strategy to the next that keeps less, and proportional to the length."""
     content = json.loads(file.read_text())
@@ -117,10 +141,14 @@ def what_cannot_run_is_refused_before_any_collective(ctx: Context) -> None:
             (start,) = [json.loads(line) for line in log.read_text().splitlines()]
             assert "metp" in start["refused"]
             assert "metp" not in start["allowed"]
-        with applied(ctx, {"strategies": ["ring", "metp"]}):
+        with applied(ctx, {"strategies": ["ring", "metp"]}) as log:
             chunks = megatron_models.build(GPT())
-            with pytest.raises(ValueError, match="no multiple of 4"):
-                chunks[0](*_inputs(GPT(), length=18))
+            for wrong, right in ((18, 16), (66, 64)):
+                with pytest.raises(ValueError, match="no multiple of 4"):
+                    chunks[0](*_inputs(GPT(length=66), length=wrong))
+                chunks[0](*_inputs(GPT(length=66), length=right))
+            torch.distributed.barrier()
+            assert _profiled(log) == [[16, 4], [64]]
         with applied(ctx, {}), pytest.raises(ValueError, match="cannot switch any layer"):
             megatron_models.build(GPT(), window_size=(8, 0))
 

@@ -92,6 +92,7 @@ def predicted_memory_is_near_the_measured_one(ctx: Context, model: str, dtype: s
     from megatron_ext.sequence_parallel.cluster import find_cluster
     from megatron_ext.sequence_parallel.cost_model import AnalyticalModel
     from megatron_ext.sequence_parallel.layer_shape import LayerShape
+    from megatron_ext.sequence_parallel.profile_sizes import first_lengths
 
     layers, length = 4, 384
     sizes = {"layers": layers, "hidden": 256, "ffn": 768, "length": 2 * length}
@@ -107,7 +108,8 @@ def predicted_memory_is_near_the_measured_one(ctx: Context, model: str, dtype: s
         with planned([chunk], (STRATEGIES[0],) * layers):
             switch = chunk.decoder._megatron_ext_switch
             switch.call = block_inputs(chunk, ctx, length, 1)
-            rows = calibration.profile_layer(switch, 0, shape, 1, length, names)
+            lengths = first_lengths(length, ctx.world_size)
+            rows = calibration.profile_layer(switch, 0, shape, 1, lengths, names)
         costs = AnalyticalModel(shape, find_cluster("8xH100-80G")).calibrated(rows)
         for name in names:
             with planned([chunk], (name,) * layers):

@@ -85,6 +85,18 @@ def test_calibration_finds_another_law_than_the_priors():
         assert model.predict("ring", 1, length).seconds == pytest.approx(law(length), rel=0.02)
 
 
+def test_three_lengths_are_enough_where_the_closed_form_has_another_shape():
+    """Launches as slow as an attention: the closed form of a GPU is flat over such lengths."""
+    lengths = [576, 144, 32]
+    rows = [
+        replace(row, seconds=0.024 + 1e-7 * row.length**2)
+        for row in rows_of(lengths=lengths, strategies=("ring",))
+    ]
+    model = MODEL.calibrated(rows)
+    for length in (320, 576, 1024):
+        assert model.predict("ring", 1, length).seconds == pytest.approx(0.024 + 1e-7 * length**2, rel=0.05)
+
+
 def test_strategies_that_were_not_measured_keep_the_closed_forms():
     model = MODEL.calibrated(rows_of(2.0, strategies=("ring",)))
     assert model.predict("metp", 1, 8192) == MODEL.predict("metp", 1, 8192)
@@ -94,6 +106,7 @@ def test_fits_are_never_negative():
     fit = fit_relative([(1.0, x, x * x) for x in (1.0, 2.0, 3.0, 4.0)], [5.0, 4.0, 3.0, 2.0])
     assert min(fit) >= 0
     assert fit_relative([(1.0, 2.0), (1.0, 3.0)], [5.0, 7.0]) == pytest.approx((1.0, 2.0))
+    assert sum(c > 0 for c in fit_relative([(1.0, 2.0), (1.0, 3.0)], [5.0, 7.0], most=1)) == 1
 
 
 def test_fingerprint_tells_models_apart_and_nothing_else():

@@ -127,6 +127,7 @@ ORDER = """
     megatron_ext.compat
     megatron_ext.board
     megatron_ext.in_flight
+    megatron_ext.device_peak
     megatron_ext.telemetry
 
     megatron_ext.sequence_parallel.layout
@@ -150,6 +151,7 @@ ORDER = """
     megatron_ext.sequence_parallel.memory_forms
     megatron_ext.sequence_parallel.cluster
     megatron_ext.sequence_parallel.profile
+    megatron_ext.sequence_parallel.profile_sizes
     megatron_ext.sequence_parallel.least_squares
     megatron_ext.sequence_parallel.cost_model
     megatron_ext.sequence_parallel.forest
@@ -173,6 +175,7 @@ ORDER = """
     megatron_ext.sequence_parallel.memory_probe
     megatron_ext.sequence_parallel.aliases
     megatron_ext.sequence_parallel.calibration
+    megatron_ext.sequence_parallel.known_costs
     megatron_ext.sequence_parallel.block_policy
 
     megatron_ext.recompute
@@ -197,6 +200,7 @@ ORDER = """
     megatron_ext.recompute.stage_facts
     megatron_ext.recompute.advice
     megatron_ext.recompute.storyteller
+    megatron_ext.recompute.held
     megatron_ext.recompute.recomputation
     megatron_ext.recompute.emulator
     megatron_ext.recompute.measured_stage

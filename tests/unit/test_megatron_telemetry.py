@@ -115,7 +115,7 @@ def test_start_is_logged_and_said_by_the_writer_only(path, caplog):
     (line,) = lines(path)
     assert line["event"] == "start"
     assert line["refused"] == dict(FACTS.refused)
-    assert line["config"]["sequence_parallel"]["smoothing"] == 0.05
+    assert line["config"]["sequence_parallel"]["smoothing"] == 0.02
 
 
 def test_start_is_said_when_the_log_is_off(path, caplog):

@@ -1,0 +1,117 @@
+"""What the layers of one block cost, from a profile that grows with the sequences that come.
+
+A micro-batch beyond what was profiled (:mod:`.profile_sizes`) is profiled when it comes, on all ranks of its
+tensor-parallel group, which are there with it. A profile that was loaded, or a strategy that was fixed, stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..config import SequenceParallelConfig
+from ..telemetry import Telemetry
+from . import calibration
+from .cluster import PRIOR_CLUSTER, find_cluster
+from .cost_model import AnalyticalModel, CostModel
+from .forest import ForestModel
+from .held_out import HeldOutError, held_out_error
+from .layer_shape import LayerShape
+from .profile import Measurement, Profile, load_profile
+from .profile_sizes import REACH, first_lengths, more_lengths
+from .switch import BlockSwitch
+
+logger = logging.getLogger("megatron_ext")
+
+
+class KnownCosts:
+    """Cost models by the shape of a layer, the same on all ranks of a tensor-parallel group."""
+
+    def __init__(
+        self,
+        config: SequenceParallelConfig,
+        telemetry: Telemetry,
+        switch: BlockSwitch,
+        layers: Mapping[LayerShape, tuple[int, Sequence[str]]],
+    ):
+        """`layers`: of each shape the place of one layer in the block, and the strategies that it can run."""
+        self._config, self._telemetry, self._switch, self._layers = config, telemetry, switch, layers
+        self._profiles: dict[LayerShape, Profile] = {}
+        self.models: dict[LayerShape, CostModel] = {}
+        self.reach: float = math.inf
+        """Tokens of the largest micro-batch that the models are good for."""
+
+    def start(self, batch: int, length: int) -> None:
+        """Load the profile, or measure one up to `length`. ValueError where the file is not this model's."""
+        settings = self._config.cost_model
+        for shape in self._layers:
+            if settings.load:
+                key = "megatron_ext.sequence_parallel.cost_model.load"
+                self._profiles[shape] = load_profile(settings.load, shape, key)
+            elif self._config.strategy:  # nothing is chosen, so nothing need be measured
+                self.models[shape] = _closed_forms(shape)
+            else:
+                lengths = first_lengths(length, self._switch.group.size())
+                self._measure(shape, batch, lengths, self._layers[shape][1])
+                self.reach = REACH * batch * length
+        self._make_models()
+
+    def extend(self, batch: int, length: int, budget_bytes: int) -> None:
+        """Measure `length` too, under the strategies of which one layer keeps within `budget_bytes`; no plan that fits
+        has another."""
+        lengths = more_lengths(length, self._switch.group.size(), self.reach / batch)
+        for shape, (_, names) in self._layers.items():
+            costs = {
+                name: self.models[shape].predict(name, batch, length)
+                for name in names
+                if shape.obstacle(name, batch, lengths[0]) is None
+            }
+            fitting = [
+                name for name, cost in costs.items() if cost.kept_bytes + cost.transient_bytes <= budget_bytes
+            ]
+            self._measure(shape, batch, lengths, fitting)
+        self.reach = REACH * batch * length
+        self._make_models()
+
+    def _measure(self, shape: LayerShape, batch: int, lengths: Sequence[int], names: Sequence[str]) -> None:
+        place, start = self._layers[shape][0], time.perf_counter()
+        rows = calibration.profile_layer(self._switch, place, shape, batch, lengths, names)
+        seconds = time.perf_counter() - start
+        self._telemetry.log.write("profile", batch=batch, lengths=lengths, strategies=names, seconds=seconds)
+        known = self._profiles.get(shape, Profile(shape, (), {"torch": torch.__version__}))
+        self._profiles[shape] = replace(known, measurements=(*known.measurements, *rows))
+
+    def _make_models(self) -> None:
+        """From all that was measured; the first rank saves it, and says how well unseen lengths are known."""
+        for shape, profile in self._profiles.items():
+            if dist.get_rank() == 0:
+                if self._config.cost_model.save:
+                    profile.save(Path(self._config.cost_model.save))
+                model_of = partial(self._model, shape)
+                self._tell_errors(held_out_error(model_of, profile.measurements))
+            self.models[shape] = self._model(shape, profile.measurements)
+
+    def _model(self, shape: LayerShape, rows: Sequence[Measurement]) -> CostModel:
+        if self._config.cost_model.kind == "forest":
+            return ForestModel(shape, rows)
+        return _closed_forms(shape).calibrated(rows)
+
+    def _tell_errors(self, errors: Mapping[str, HeldOutError]) -> None:
+        """How well the model knows lengths that it was not made from."""
+        for error in errors.values():
+            self._telemetry.log.write("held_out_error", **asdict(error))
+        warnings = [error.warning for error in errors.values() if error.warning]
+        if warnings:
+            logger.warning("megatron_ext: the cost model's held-out error: %s", "; ".join(warnings))
+
+
+def _closed_forms(shape: LayerShape) -> AnalyticalModel:
+    return AnalyticalModel(shape, find_cluster(PRIOR_CLUSTER))
