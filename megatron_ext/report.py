@@ -106,6 +106,7 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
     facts: Mapping[str, Any] = {}
     calls: Mapping[str, Any] = {}
     stages: Stages | None = None
+    unusable = ""
     for line in lines:
         if line["event"] == "start":
             facts = line
@@ -114,8 +115,8 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
         elif line["event"] == "recompute_stages":
             try:
                 stages = recompute_report.parse_stages(line.get("stages"))
-            except ValueError:
-                broken += 1
+            except ValueError as error:
+                broken, unusable = broken + 1, f"; what it tells of stages cannot be used: {error}"
         elif line["event"] in ("plan", "summary"):
             row = _row(line)
             if row is None:
@@ -124,7 +125,8 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
             key = row.batch, row.length, row.plan
             rows[key] = Row(**{**asdict(row), "fits": rows[key].fits}) if key in rows else row
     if not rows and stages is None:
-        raise ReportError(f"run {run_id} of {path} has planned nothing yet; report it when a micro-batch ran")
+        why = unusable or "; report it when a micro-batch ran"
+        raise ReportError(f"run {run_id} of {path} has planned nothing yet{why}")
     ordered = sorted(rows.values(), key=lambda row: (row.length, row.batch))
     return Run(path, run_id, facts, tuple(ordered), calls, broken, stages)
 

@@ -89,7 +89,8 @@ def show_stages(stages: Stages, console: Console) -> None:
     console.print(table)
     console.print(
         "[dim]layers: recomputed in full or in part, of all; open: micro-batches whose activations are held, by chunk; "
-        "bytes at the peak; of the step: seconds of recomputation[/]"
+        "bytes at the peak; error: of the prediction for what the device counts (on a CPU without what is held for a "
+        "moment); of the step: seconds of recomputation[/]"
     )
     if stages.timeline is not None and stages.all_recomputed_timeline is not None:
         console.print(

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..sequence_parallel.layer_shape import LayerShape
-from .plan import FULL, NONE, ChunkPlan, Share
+from .plan import FULL, NONE, ChunkPlan, Share, parse_choice
 from .probe import Measured
 from .schedule import Pipeline, corners, open_counts
 from .sizes import Size, scaled
@@ -46,19 +46,32 @@ class Known:
 def layer_class(name: str, rows: Sequence[Measured], *, saved_only: bool = False) -> LayerClass:
     """Options of a layer. `saved_only`: of transients, only what recomputation saves once more."""
     plain = next(row for row in rows if row.choice == NONE)
-    least = LEAST_SHARE * plain.forward_seconds
+    seconds = _seconds_again(rows, plain)
     options = []
     for row in rows:
         again = max(0, plain.kept_bytes - row.kept_bytes)
-        options.append(
-            Option(
-                row.choice,
-                0.0 if row is plain else max(least, row.backward_seconds - plain.backward_seconds),
-                row.kept_bytes,
-                again if saved_only else row.transient_bytes,
-            )
-        )
+        transient = again if saved_only else row.transient_bytes
+        options.append(Option(row.choice, seconds[row.choice], row.kept_bytes, transient))
     return LayerClass(name, tuple(options))
+
+
+def _seconds_again(rows: Sequence[Measured], plain: Measured) -> dict[str, float]:
+    """By choice, how much longer backward takes than where nothing is run again.
+
+    That is a difference of two clocks. So what runs others' modules again and more is taken to last no less than they
+    do, and a whole layer no less than its forward.
+    """
+    least = LEAST_SHARE * plain.forward_seconds
+    found = {NONE: 0.0}
+    for row in sorted(rows, key=lambda row: (row.choice == FULL, len(parse_choice(row.choice)))):
+        if row.choice == NONE:
+            continue
+        modules = set(parse_choice(row.choice))
+        parts = [other for other in found if row.choice == FULL or set(parse_choice(other)) < modules]
+        slowest = max(found[part] for part in parts)
+        known = plain.forward_seconds if row.choice == FULL else least
+        found[row.choice] = max(known, slowest, row.backward_seconds - plain.backward_seconds)
+    return found
 
 
 def problem_of(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext import cli
 from tests.integration import launch
 
 SCRIPT = launch.REPOSITORY / "examples" / "pretrain_gpt.py"
@@ -71,8 +72,8 @@ def test_unmodified_script_obeys_the_variable(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unmodified_script_recomputes_by_stage(tmp_path, monkeypatch):
-    """Two stages of two ranks, strategies switched and recomputation planned, by one file."""
+def test_unmodified_script_recomputes_by_stage(tmp_path, monkeypatch, capsys):
+    """Two stages of two ranks, strategies switched and recomputation planned, by one file; and what is told of it."""
     arguments = ("--pipeline-parallel", 2, "--layers", 4, "--steps", 4, "--micro-batches", 4)
     monkeypatch.setenv("PYTHONPATH", str(launch.REPOSITORY))
     stock = pretrain(tmp_path / "stock", *arguments, ranks=4)
@@ -88,3 +89,6 @@ def test_unmodified_script_recomputes_by_stage(tmp_path, monkeypatch):
     assert all(stage["frozen"] for stage in told)
     saved = json.loads((folder / "recompute_plan.json").read_text())
     assert [stage["layers"] for stage in saved["stages"]] == [stage["chunks"][0]["layers"] for stage in told]
+    assert cli.main(["report", str(folder), "-o", str(folder / "run.png")]) == 0
+    assert "recomputation by stage: policy stage_aware, 2 stages, 4 micro-batches" in capsys.readouterr().out
+    assert {path.name for path in folder.glob("run_*.png")} == {"run_memory.png", "run_timeline.png"}

@@ -141,6 +141,18 @@ def test_layers_are_counted_and_named(layers, share, counts, words):
     assert in_words(plan) == words
 
 
+def test_stage_that_held_less_than_predicted_is_told(path, capsys):
+    write(path, told(error=-0.012))
+    assert cli.main(["report", str(path)]) == 0
+    assert "-1.2%" in capsys.readouterr().out
+
+
+def test_stages_that_cannot_be_used_are_said_to_be_there(path, capsys):
+    write(path, told(static_bytes=-1))
+    assert cli.main(["report", str(path)]) == 1
+    assert "what it tells of stages cannot be used: stage 0 tells -1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("predicted", "measured", "error"), [(100, 103, 0.03), (None, 5, None), (5, None, None)]
 )

@@ -51,10 +51,19 @@ def test_recomputing_takes_what_backward_takes_more():
 
 @pytest.mark.parametrize("backward", [2.0, 1.5, 2.0 + LEAST_SHARE / 2])
 def test_recomputing_is_never_free_whatever_a_noisy_clock_says(backward):
+    """A module takes a hundredth of the layer's forward, the whole layer all of it."""
     noisy = [ROWS[0], *(replace(row, backward_seconds=backward) for row in ROWS[1:])]
     assert [option.seconds for option in layer_class("noisy", noisy).options] == [
-        0.0, LEAST_SHARE * 1.0, LEAST_SHARE * 1.0
+        0.0, LEAST_SHARE * 1.0, 1.0
     ]  # fmt: skip
+
+
+def test_what_runs_more_again_takes_no_less_than_its_parts():
+    """A clock that was disturbed for one module, and not for both together."""
+    seconds = {NONE: 2.0, "core_attn": 2.3, "mlp": 2.5, "core_attn+mlp": 2.1, FULL: 2.2}
+    rows = [Measured(choice, 1.0, backward, 340, 50) for choice, backward in seconds.items()]
+    found = [option.seconds for option in layer_class("noisy", rows).options]
+    assert found == pytest.approx([0.0, 0.3, 0.5, 0.5, 1.0])
 
 
 def test_noise_is_no_reason_to_recompute():
