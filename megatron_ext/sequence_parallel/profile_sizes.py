@@ -13,7 +13,7 @@ STEP = 4
 MOST_LENGTHS = 3
 """To begin with."""
 
-REACH = 2
+REACH = 1.25
 """Times the tokens that were profiled, which a profile is good for."""
 
 
