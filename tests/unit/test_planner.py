@@ -214,7 +214,7 @@ CLOSE = {"megatron_ts": Cost(1.0, 10, 1), "ulysses": Cost(1.04, 1, 1)}
 
 
 def test_smoothing_keeps_a_plan_that_fits_and_costs_little_more():
-    calm, nervous = planner_of(41 * 64, table=CLOSE), planner_of(41 * 64, table=CLOSE, smoothing=0.0)
+    calm, nervous = (planner_of(41 * 64, table=CLOSE, smoothing=share) for share in (0.05, 0.0))
     lengths = [64, 128, 64, 64, 128]
     names = [[planner.plan(1, length).names for length in lengths] for planner in (calm, nervous)]
     assert names[0][1:] == [names[0][1]] * 4
