@@ -115,6 +115,10 @@ def _check(plan: StagePlan, chunks: int) -> None:
     for value in _numbers(plan):
         if not (math.isfinite(value) and 0 <= value < 2**63):
             raise ValueError(f"stage {plan.stage} tells {value}; allowed: numbers from 0 to 2^63")
+    if plan.error is not None and not math.isfinite(
+        plan.error
+    ):  # negative where less was held than predicted
+        raise ValueError(f"stage {plan.stage} tells an error of {plan.error}; allowed: a finite share")
     chunk_plans(plan)
     for option in plan.layer_options or ():
         Option(**option)
@@ -122,7 +126,7 @@ def _check(plan: StagePlan, chunks: int) -> None:
 
 def _numbers(plan: StagePlan) -> Iterator[float]:
     for name, value in asdict(plan).items():
-        if name == "error":  # negative where less was held than predicted
+        if name == "error":
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float):

@@ -147,6 +147,12 @@ def test_stage_that_held_less_than_predicted_is_told(path, capsys):
     assert "-1.2%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [float("nan"), float("-inf")])
+def test_error_that_is_no_share_is_refused(error):
+    with pytest.raises(ValueError, match="stage 0 tells an error of"):
+        parse_stages(told(error=error))
+
+
 def test_stages_that_cannot_be_used_are_said_to_be_there(path, capsys):
     write(path, told(static_bytes=-1))
     assert cli.main(["report", str(path)]) == 1
