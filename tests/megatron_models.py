@@ -49,10 +49,21 @@ def parallel_state(tp: int = 1, pp: int = 1, vpp: int | None = None, *, seed: in
             dist.barrier()  # nobody closes a group that another rank still uses
         finally:
             state.destroy_model_parallel()
+            _forget_models()
             for group in set(_groups()) - before:
                 dist.destroy_process_group(group)
             if "deepspeed" in sys.modules:  # it keeps an engine's mpu for the next one, which has none
                 sys.modules["deepspeed"].utils.groups.mpu = None
+
+
+def _forget_models() -> None:
+    """Megatron-core caches a method of RotaryEmbedding, and with it the last 32 models and their groups.
+
+    Each group has threads of gloo that wake a hundred times a second: after some cells these took half of all time.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
 
 
 def _groups() -> list[dist.ProcessGroup]:

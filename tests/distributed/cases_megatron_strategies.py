@@ -34,10 +34,10 @@ FEATURES = {
 RECOMPUTE = {"none": {}, "full": FULL, "selective": SELECTIVE}
 
 
-@case(ranks=(8,), slow=True, thorough=2, **FEATURES)
-@case(ranks=(4,), most_quick=3, thorough=2, **FEATURES)
+@case(ranks=(8,), slow=True, **FEATURES)
+@case(ranks=(4,), most_quick=3, **FEATURES)
 @case(ranks=(2,), most_quick=12, **FEATURES)
-@case(ranks=(1,), most_quick=2, thorough=2, **FEATURES)
+@case(ranks=(1,), most_quick=2, **FEATURES)
 def strategies_equal_the_plain_gpt(ctx: Context, **features: object) -> dict:
     """Losses and every gradient in fp64, each strategy on both layers."""
     gpt = GPT(**features)
