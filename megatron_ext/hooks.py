@@ -73,8 +73,11 @@ def _step(original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     from . import job
 
     found = job.running()
-    if found is None or kwargs.get("forward_only") or "num_microbatches" not in kwargs:
+    if found is None or "num_microbatches" not in kwargs:
         return original(*args, **kwargs)
+    if kwargs.get("forward_only"):
+        with found.evaluation():
+            return original(*args, **kwargs)
     with found.step(kwargs["num_microbatches"]):
         return original(*args, **kwargs)
 

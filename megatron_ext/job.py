@@ -124,6 +124,10 @@ class Job:
             return contextlib.nullcontext()
         return self.recomputation.step(micro_batches)
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Around a pass of the schedule that runs nothing backward."""
+        return contextlib.nullcontext() if self.recomputation is None else self.recomputation.evaluation()
+
     def forward_begins(self) -> None:
         """One forward pass of the schedule."""
         if self.recomputation is not None:

@@ -294,7 +294,9 @@ def is_summed(config: Any, name: str, parameter: nn.Parameter) -> bool:
 # Running.
 
 
-def forward_backward(chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> list[float]:
+def forward_backward(
+    chunks: Sequence[nn.Module], batches: Sequence[Batch], *, forward_only: bool = False
+) -> list[float]:
     """Run one forward and backward of all micro-batches in Megatron's schedule; return their losses on every rank.
 
     Gradients are of the mean loss and add up in the parameters. The cross entropy is taken in the model's precision
@@ -310,7 +312,7 @@ def forward_backward(chunks: Sequence[nn.Module], batches: Sequence[Batch]) -> l
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
         micro_batch_size=batches[0].tokens.shape[0],
-        forward_only=False,
+        forward_only=forward_only,
     )
     losses = [[float(each["loss"]) for each in done]]
     last = state.get_pipeline_model_parallel_last_rank()

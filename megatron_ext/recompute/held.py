@@ -16,9 +16,9 @@ from torch import nn
 
 from .. import device_peak
 from ..config import MemoryConfig
+from ..saved_bytes import SavedBytes, place_of
 from ..sequence_parallel import budget
 from ..sequence_parallel.switch import group_of
-from .saved_bytes import SavedBytes
 
 
 class Held:
@@ -27,8 +27,12 @@ class Held:
     def __init__(self, blocks: Mapping[nn.Module, Any], memory: MemoryConfig, ranks_on_node: int):
         self._blocks, self._memory, self._ranks_on_node = blocks, memory, ranks_on_node
         self._saved_peak = 0
-        self.saved: SavedBytes | None = None
-        """What autograd holds, while a step is watched."""
+        self._saved: SavedBytes | None = None
+        self._at_start: int | None = None
+        """Allocated on the device when the step began that is running."""
+        self._to_come = 0
+        """Gradients that were not there then."""
+        self.is_watching = False
 
     @property
     def block(self) -> nn.Module:
@@ -54,35 +58,81 @@ class Held:
         return limit - int(self._memory.fraction * of_others)
 
     def static(self) -> int:
-        """Weights, gradients, optimizer states."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return sum(budget.static_bytes(block, self.device) for block in self._blocks)
+        """Weights, gradients, optimizer states. On a GPU what there is when a step begins; what may be still to come,
+        gradients and outside of steps optimizer states, is counted by parameter."""
+        if not self.counts_everything:
+            return sum(budget.static_bytes(block, self.device) for block in self._blocks)
+        if self._at_start is not None:
+            return self._at_start + self._to_come
+        states = budget.STATE_BYTES * sum(parameter.numel() for parameter in self._trained())
+        return torch.cuda.memory_allocated(self.device) + self._gradients_to_come() + states
+
+    def _gradients_to_come(self) -> int:
+        """Of parameters that have neither a gradient nor a place in Megatron-core's buffers."""
+        without = (p for p in self._trained() if p.grad is None and not hasattr(p, "main_grad"))
+        return sum(parameter.numel() * parameter.element_size() for parameter in without)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (p for block in self._blocks for p in block.parameters() if p.requires_grad)
+
+    def activations(self) -> int:
+        """Held by the micro-batches of the step that is being watched."""
+        if self._at_start is not None:
+            return torch.cuda.memory_allocated(self.device) - self._at_start
+        assert self._saved is not None
+        return self._saved.now
+
+    @contextmanager
+    def stays(self) -> Iterator[None]:
+        """What the device still holds after this was not there before, but is nobody's activation: workspaces."""
+        before = torch.cuda.memory_allocated(self.device) if self._at_start is not None else 0
+        yield
+        if self._at_start is not None:
+            self._at_start += torch.cuda.memory_allocated(self.device) - before
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each step."""
+        if self.counts_everything:
+            self._at_start = torch.cuda.memory_allocated(self.device)
+            self._to_come = self._gradients_to_come()
+        try:
+            yield
+        finally:
+            self._at_start = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around the step of which `peak` tells."""
-        if self.device.type == "cuda":
-            device_peak.watch(self.device)
-        self.saved = SavedBytes(parameter for block in self._blocks for parameter in block.parameters())
+        """Around the step of which `peak` tells.
+
+        No hooks on saved tensors where the device counts: what they give back is not the parameter that was saved,
+        and kernels which add to a main gradient look for their marks on it.
+        """
+        self.is_watching = True
         try:
-            with self.saved:
+            if self.counts_everything:
+                device_peak.watch(self.device)
                 yield
-            self._saved_peak = self.saved.peak
+                return
+            parameters = (parameter for block in self._blocks for parameter in block.parameters())
+            self._saved = SavedBytes(place_of(parameter) for parameter in parameters)
+            with self._saved:
+                yield
+            self._saved_peak = self._saved.peak
         finally:
-            self.saved = None
+            self._saved, self.is_watching = None, False
 
     def peak(self) -> int:
         """The most that was held in the step that was watched last."""
-        if self.device.type == "cuda":
+        if self.counts_everything:
             return device_peak.peak_bytes(self.device)
         return self.static() + self._saved_peak
 
-    def most_of_group(self, number: int) -> int:
-        """The same on all ranks of the tensor-parallel group."""
+    def most_of_group(self, *numbers: int) -> list[int]:
+        """The largest of each, the same on all ranks of the tensor-parallel group."""
         group = group_of(self.block)
         if group.size() == 1:
-            return number
-        most = torch.tensor([number], device=self.device)
+            return list(numbers)
+        most = torch.tensor(numbers, device=self.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-        return int(most.item())
+        return most.tolist()

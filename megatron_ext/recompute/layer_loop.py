@@ -46,6 +46,8 @@ class LayerLoop:
         """Training passes so far: which of them a share is for."""
         self.chosen: dict[int, str] = {}
         """Place of a layer -> the choice that its flags are set for; without what others may have changed."""
+        self.evaluates = False
+        """Whether the passes that come are of no step."""
         self.calls: Counter[tuple[str, str]] = Counter()
         """("forward" or "recomputed", choice) -> layers. Modules count in forward: Megatron-core runs them again."""
         self.arrived: Callable[[nn.Module, Tensor, dict[str, Any]], None] | None = None
@@ -105,16 +107,18 @@ def _run_layers(
     from megatron.core import tensor_parallel
 
     loop: LayerLoop = getattr(self, _MARK)
+    trains = torch.is_grad_enabled() and not loop.evaluates  # in training mode a model may be evaluated, too
     options: dict[str, Any] = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
     if padding_mask is not None:  # earlier releases know no such argument
         options["padding_mask"] = padding_mask
-    if loop.arrived is not None:
+    if trains and loop.arrived is not None:
         others = {"attention_mask": attention_mask, "context": context, "context_mask": context_mask}
         loop.arrived(self, hidden_states, {**options, **others, "rotary_pos_emb": rotary_pos_emb})
-    number, loop.number = loop.number, loop.number + 1
+    number = loop.number
+    loop.number += trains
     for place, layer in enumerate(self.layers):
-        choice = loop.plan.choice(place, number)
-        run = _Layer(loop, place, layer, choice, options)
+        choice = loop.plan.choice(place, number) if trains else NONE
+        run = _Layer(loop, place, layer, choice, options, trains)
         inputs = (hidden_states, attention_mask, context, context_mask, rotary_pos_emb)
         if choice == FULL:
             if _must_begin_graph(layer, hidden_states):
@@ -127,24 +131,25 @@ def _run_layers(
 
 def _must_begin_graph(layer: nn.Module, hidden_states: Tensor) -> bool:
     """After a frozen embedding no input needs a gradient, and Megatron-core's checkpoint would give none to weights."""
-    return (
-        torch.is_grad_enabled()
-        and not hidden_states.requires_grad
-        and any(parameter.requires_grad for parameter in layer.parameters())
+    return not hidden_states.requires_grad and any(
+        parameter.requires_grad for parameter in layer.parameters()
     )
 
 
 class _Layer:
     """One layer of one micro-batch, which may run a second time."""
 
-    def __init__(self, loop: LayerLoop, place: int, layer: nn.Module, choice: str, options: dict[str, Any]):
-        self._loop, self._place, self._layer, self._choice, self._options = (
-            loop,
-            place,
-            layer,
-            choice,
-            options,
-        )
+    def __init__(
+        self,
+        loop: LayerLoop,
+        place: int,
+        layer: nn.Module,
+        choice: str,
+        options: dict[str, Any],
+        counts: bool,
+    ):
+        self._loop, self._place, self._layer, self._choice = loop, place, layer, choice
+        self._options, self._counts = options, counts
         self._runs = 0
 
     def __call__(
@@ -155,7 +160,8 @@ class _Layer:
         context_mask: Tensor | None,
         rotary_pos_emb: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        self._loop.calls["recomputed" if self._runs else "forward", self._choice] += 1
+        if self._counts:
+            self._loop.calls["recomputed" if self._runs else "forward", self._choice] += 1
         self._runs += 1
         if self._loop.chosen.get(self._place) != self._choice:
             set_modules(self._layer, self._choice)

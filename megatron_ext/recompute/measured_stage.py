@@ -9,7 +9,7 @@ Not covered: bytes of other sizes than the given micro-batch (:mod:`.sizes`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -126,13 +126,22 @@ def without_edges(chunks: Sequence[nn.Module], plans: Sequence[ChunkPlan]) -> tu
     return tuple(found)
 
 
+class _Arrived(Exception):
+    """Ends a forward before its first layer."""
+
+
 def _arguments(chunk: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    """What the chunk gives its layers."""
+    """What the chunk gives its layers, none of which runs."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def arrived(_block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
+        caught.append((hidden.detach(), options))
+        raise _Arrived
+
     loop = layer_loop.attach(chunk.decoder)
     try:
-        loop.arrived = lambda block, hidden, options: caught.append((hidden.detach(), options))
-        with torch.no_grad():
+        loop.arrived = arrived
+        with torch.enable_grad(), suppress(_Arrived):
             forward_of(chunk, None if chunk.pre_process else random_message(chunk, batch), batch)
     finally:
         layer_loop.detach(chunk.decoder)

@@ -56,6 +56,7 @@ def measure_layer(
     there = [tensor for tensor in memory_probe.tensors_of(options)]
     with (
         _states_put_back(hidden),
+        _buffers_put_back(layer),
         torch.inference_mode(False),
         torch.enable_grad(),
         _aliases(layer) as weights,
@@ -133,8 +134,24 @@ def _states_put_back(hidden: Tensor) -> Iterator[None]:
 
     tracker = get_cuda_rng_tracker()
     states = tracker.get_states()
+    # Where graphs may be captured, the tracker's states are generators, which go on wherever they are referred to.
+    generators = [(g, g.get_state()) for g in states.values() if isinstance(g, torch.Generator)]
     with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
         try:
             yield
         finally:
             tracker.set_states(states)
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+@contextmanager
+def _buffers_put_back(layer: nn.Module) -> Iterator[None]:
+    """A router counts the tokens of its experts in one, and moves its bias by that."""
+    before = [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -5,7 +5,8 @@ class is measured under every choice, and what a micro-batch keeps outside the l
 At the start of the second step weights, gradients and optimizer states are there to be counted; with the schedule's
 open micro-batches the stage's problem is whole, and solved. That step is verified: what it held is compared with what
 was predicted, and with the limit. A plan that held is frozen; one that did not gets less memory, and is verified again.
-More micro-batches at once or longer sequences are planned for anew, from the same measurements.
+More micro-batches at once or longer sequences are planned for anew, from the same measurements. Where the device
+counts, so are optimizer states that come late and a frozen step that held more than the limit.
 
 Policies that follow a rule, and plans read from a file, are not measured, only verified.
 """
@@ -16,7 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +38,7 @@ from .layer_loop import LayerLoop
 from .measurements import Measurements
 from .plan import ChunkPlan, load_plan
 from .policies import layers_recomputed
+from .refusals import check_config, check_plan
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .stage import chunk_plans, first_layers, fraction_of, least_peak, problem_of, spread
@@ -47,7 +49,8 @@ from .storyteller import Storyteller
 
 logger = logging.getLogger("megatron_ext")
 
-_REFUSED = ("fp8", "fp4", "cpu_offloading", "fine_grained_activation_offloading")
+_GREW = 1.01
+"""Times the bytes that a plan counts as there anyway: with more, it is made anew."""
 
 
 class Recomputation:
@@ -72,6 +75,10 @@ class Recomputation:
         self._largest: Size | None = None
         """Of all micro-batches so far; plans are for this one."""
         self._predicted: int | None = None
+        self._static = 0
+        """Weights, gradients and optimizer states that the plan counts with."""
+        self._over = 0
+        """Bytes by which the last frozen step went over the limit, where the device counts."""
         self._less = 0
         """Bytes taken off the limit since a step held more than was predicted."""
         self._plans_made = 0
@@ -121,12 +128,7 @@ class Recomputation:
                 "megatron_ext: recompute plans the first model of a job; another one's blocks stay as they are"
             )
             return
-        for key in _REFUSED:
-            if getattr(block.config, key, None):
-                raise ValueError(
-                    f"megatron_ext.recompute cannot run layers under {key}, which the script's config sets to "
-                    f'{getattr(block.config, key)!r}; write "recompute": {{"enabled": false}}, or leave {key} out'
-                )
+        check_config(block.config, is_measured=self.is_measured)
         for layer in block.layers:
             allowed_modules(layer, self._config.modules)
         loop = layer_loop.attach(block)
@@ -158,28 +160,62 @@ class Recomputation:
             self._pipeline = pipeline
         if self.is_measured:
             self._notice_what_trains()
-        if self._probing or more:
-            if not self.is_measured:
-                self._follow_rule()
-            elif self._measurements:
-                self._make_plan()
-        watching = not self._frozen
-        if not watching:
-            self.own_seconds += time.perf_counter() - start
-        with self._held.watched() if watching else nullcontext():
+        with self._held.step():
+            if self._probing or more:
+                if not self.is_measured:
+                    self._follow_rule()
+                elif self._measurements:
+                    self._make_plan()
+            elif self._frozen and self.is_measured and self._held.counts_everything:
+                self._look_again()
+            watching = not self._frozen
+            if not watching:
+                self.own_seconds += time.perf_counter() - start
+            with self._held.watched() if watching else self._noticing_peaks():
+                yield
+            if watching and not self._probing:
+                self._verify()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around a pass of the schedule that runs nothing backward, whatever mode the model is in."""
+        for loop in self._loops.values():
+            loop.evaluates = True
+        try:
             yield
-        if watching and not self._probing:
-            self._verify()
+        finally:
+            for loop in self._loops.values():
+                loop.evaluates = False
 
     def forward_begins(self) -> None:
         """One forward pass of the schedule."""
-        if self._held.saved is not None and self._measurements and self._probing:
+        if self._held.is_watching and self._measurements and self._probing:
             self._measurements.forward_begins(self._held.device)
 
     def forward_ended(self) -> None:
         """It has ended."""
-        if self._held.saved is not None and self._measurements and self._probing:
-            self._measurements.forward_ended(self._held.device, self._held.saved.now)
+        if self._held.is_watching and self._measurements and self._probing:
+            self._measurements.forward_ended(self._held.device, self._held.activations())
+
+    def _look_again(self) -> None:
+        """Optimizer states may be made late, after steps that overflowed; and a frozen step may have gone over."""
+        static, over = self._held.most_of_group(self._held.static(), self._over)
+        self._over = 0
+        if over or static > _GREW * self._static:
+            self._less += over
+            self._make_plan()
+
+    @contextmanager
+    def _noticing_peaks(self) -> Iterator[None]:
+        """Around a step whose plan is frozen. Costs nothing, and sees what is higher than all since the plan was
+        verified."""
+        if not (self._held.counts_everything and self.is_measured):
+            yield
+            return
+        before = self._held.peak()
+        yield
+        peak = self._held.peak()
+        self._over = max(0, peak - self._held.limit()) if peak > before else 0
 
     def _notice_what_trains(self) -> None:
         """Weights that were frozen or freed since: layers keep other bytes, and are measured anew."""
@@ -200,18 +236,21 @@ class Recomputation:
         cut = group_of(block).size() if block.config.sequence_parallel else 1
         size = Size(hidden.shape[1], hidden.shape[0] * cut)
         largest = self._largest
-        if largest is not None and size.tokens <= largest.tokens and size.pairs <= largest.pairs:
+        if largest is not None and largest.covers(size):
             return
-        self._largest = size
+        self._largest = size if largest is None else largest.joined(size)
         if not self.is_measured:
             return
         if largest is None:
             assert self._board is not None
             self._board.compare("the size that layers are measured at", asdict(size))
-            self._measurements.measure(block, hidden, options, size)
-            if (
-                self._pipeline is None
-            ):  # no schedule of Megatron-core's: a loop of the script's own, or an engine
+            with self._held.stays():
+                self._measurements.measure(block, hidden, options, size)
+            if self._pipeline is None:  # a loop of the script's own, or an engine
+                logger.warning(
+                    "megatron_ext: recompute sees no schedule of Megatron-core's, so it counts nothing outside of "
+                    "layers, and does not verify its plan; set megatron_ext.memory.limit with room for logits and loss"
+                )
                 self._pipeline = Pipeline(1, 1)
                 self._make_plan()
         elif not self._probing:
@@ -253,7 +292,10 @@ class Recomputation:
                 (stage, n): count for stage, counts in enumerate(layers) for n, count in enumerate(counts)
             }
             plan = load_plan(self._config.plan.load, chunks)
-            self._use([plan.chunks[_stage(), number] for number in range(len(self._loops))])
+            plans = [plan.chunks[_stage(), number] for number in range(len(self._loops))]
+            for block, chunk in zip(self._loops, plans, strict=True):
+                check_plan(chunk, block.layers, self._config.plan.load)
+            self._use(plans)
         else:
             windows = [sum(open_counts(self._pipeline, stage)) for stage in range(self._pipeline.stages)]
             counts = layers_recomputed(
@@ -275,14 +317,20 @@ class Recomputation:
         """`saved_only`: of transients, what recomputation saves once more."""
         assert self._pipeline is not None
         assert self._largest is not None
+        # Each rank sees its own device, and its own share of the host; the plan must be everybody's.
+        static, of_limit, *outside = self._held.most_of_group(
+            self._held.static(), -self._held.limit(), *self._measurements.outside_bytes(self._largest)
+        )
+        if not saved_only:
+            self._static = static
         return problem_of(
             self._pipeline,
             _stage(),
             [self._measurements.classes_of(block) for block in self._loops],
             self._measurements.layer_classes(self._largest, saved_only=saved_only),
-            self._measurements.outside_bytes(self._largest),
-            self._held.most_of_group(self._held.static()),
-            self._held.limit() - self._less,
+            outside,
+            static,
+            -of_limit - self._less,
             saved_only=saved_only,
         )
 
@@ -303,7 +351,7 @@ class Recomputation:
         """What the step held, against the prediction and the limit."""
         measured, limit = self._held.peak(), self._held.limit()
         predicted = self._predicted if self._held.counts_everything else self._predicted_saved()
-        over = self._held.most_of_group(max(0, measured - limit))
+        (over,) = self._held.most_of_group(max(0, measured - limit))
         if over and self.is_measured:
             self._story.verified(measured, predicted, limit, frozen=False)
             self._less += over

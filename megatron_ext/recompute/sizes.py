@@ -6,6 +6,7 @@ A layer keeps so many bytes a token, and where attention writes its scores out, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ..sequence_parallel.layer_shape import LayerShape
@@ -28,6 +29,21 @@ class Size:
     @property
     def pairs(self) -> int:
         return self.batch * self.length**2
+
+    def covers(self, other: Size) -> bool:
+        """Whether nothing that a micro-batch of size `other` keeps is more."""
+        return other.tokens <= self.tokens and other.pairs <= self.pairs
+
+    def joined(self, other: Size) -> Size:
+        """A size that covers both: many short sequences have more tokens, few long ones more pairs."""
+        if self.covers(other) or other.covers(self):
+            return self if self.covers(other) else other
+        tokens, pairs = max(self.tokens, other.tokens), max(self.pairs, other.pairs)
+        candidates = [
+            Size(batch, max(-(-tokens // batch), math.isqrt(-(-pairs // batch) - 1) + 1))
+            for batch in range(1, max(self.batch, other.batch) + 1)
+        ]
+        return min(candidates, key=lambda size: (size.tokens, size.pairs))
 
 
 def scaled(measured: Measured, shape: LayerShape, strategy: str, before: Size, after: Size) -> Measured:

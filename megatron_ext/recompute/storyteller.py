@@ -29,6 +29,9 @@ from .stage_peak import peak_in_order
 
 logger = logging.getLogger("megatron_ext")
 
+GATHER_EVERY = 100
+"""Steps after which frozen plans are looked at again."""
+
 _SAVED = ("limit_bytes", "static_bytes", "predicted_bytes", "measured_bytes", "recompute_seconds")
 
 
@@ -41,6 +44,8 @@ class Storyteller:
         self.own: StagePlan | None = None
         """What this rank's stage told last."""
         self._told: list[dict[str, Any]] | None = None
+        self._steps_since = 0
+        """Since all were frozen first."""
         self._size: Size | None = None
 
     def meet(self, layers: Sequence[int]) -> None:
@@ -60,6 +65,10 @@ class Storyteller:
             self._facts.tell("layers", list(layers))
         elif self._told is None or not all(stage["frozen"] for stage in self._told):
             self._gather()
+        else:  # a longer micro-batch may have changed a plan
+            self._steps_since += 1
+            if self._steps_since % GATHER_EVERY == 0:
+                self._gather()
 
     def layers_by_stage(self) -> list[list[int]]:
         """Layers of each chunk of each stage; waits for all stages."""

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import device_peak
+from ..saved_bytes import SavedBytes, place_of
 
 
 def measure(run: Callable[[], Tensor], layer_input: Tensor, shared: Iterable[Tensor]) -> tuple[int, int]:
@@ -24,59 +25,26 @@ def measure(run: Callable[[], Tensor], layer_input: Tensor, shared: Iterable[Ten
     `shared`: tensors that are there anyway. The output is not counted: it is the next layer's input, and kept there.
     Runs twice: what the first run used and is alive after it belongs to nobody's backward.
     """
-    there = {_place(tensor) for tensor in shared}
-    saved, followed = _Saved(there), _Followed(there)
+    there = {place_of(tensor) for tensor in shared}
+    saved, followed = SavedBytes(there), _Followed(there)
     with followed:
         with saved:
             output = run()
         output.backward(torch.ones_like(output))
     del output
-    there |= (saved.places_alive() | followed.places_alive()) - {_place(layer_input)}
+    there |= (saved.places_alive() | followed.places_alive()) - {place_of(layer_input)}
 
-    saved = _Saved(there)
+    saved = SavedBytes(there)
     counter = (
-        _Allocator(layer_input.device) if layer_input.is_cuda else _Followed(there | {_place(layer_input)})
+        _Allocator(layer_input.device) if layer_input.is_cuda else _Followed(there | {place_of(layer_input)})
     )
     with counter:
         with saved:
             output = run()
-        kept, size = saved.bytes_alive, output.untyped_storage().nbytes()
+        kept, size = saved.now, output.untyped_storage().nbytes()
         output.backward(torch.ones_like(output))
     held = counter.peak_bytes + layer_input.untyped_storage().nbytes() - size
     return kept, max(0, held - kept)
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-class _Saved:
-    """Inside, what autograd saves for backward."""
-
-    def __init__(self, there: set[int]):
-        self._there = there
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> None:
-        self._hooks.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._hooks.__exit__(*exception)
-
-    @property
-    def bytes_alive(self) -> int:
-        return sum(size for reference, size in self._storages.values() if not reference.expired())
-
-    def places_alive(self) -> set[int]:
-        """Where storages lie that nobody has freed."""
-        return _alive(self._storages)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._there:
-            self._storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        return tensor
 
 
 class _Allocator:
@@ -107,7 +75,7 @@ class _Followed(TorchDispatchMode):
 
     def places_alive(self) -> set[int]:
         """Where storages lie that nobody has freed."""
-        return _alive(self._alive)
+        return {place for place, (reference, _) in self._alive.items() if not reference.expired()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -118,10 +86,6 @@ class _Followed(TorchDispatchMode):
         self._alive = {place: found for place, found in self._alive.items() if not found[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
         return result
-
-
-def _alive(storages: dict[int, tuple[StorageWeakRef, int]]) -> set[int]:
-    return {place for place, (reference, _) in storages.items() if not reference.expired()}
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:

@@ -177,6 +177,118 @@ def longer_sequences_and_more_micro_batches_are_planned_for(ctx: Context, groups
     return {"kept": kept, "errors": [event["error"] for event in verified]}
 
 
+@case(ranks=(2,))
+def ranks_that_may_hold_different_bytes_plan_alike(ctx: Context) -> dict:
+    """Two ranks of a tensor-parallel group recompute together, so the least limit of them is everybody's."""
+    from megatron_ext.sequence_parallel import budget
+
+    gpt = GPT(layers=8, hidden=64, ffn=256, length=64)
+    batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(2)]
+    limit_of, limits = budget.limit_of, (9_000_000, 8_000_000)
+    budget.limit_of = lambda *_: limits[ctx.rank]
+    try:
+        with megatron_models.parallel_state(tp=2), applied(ctx, {}, "1GB"):
+            losses = [loss for _ in range(2) for loss in _steps(gpt, batches)[0]]
+            plan = job.running().recomputation.stage_plan
+    finally:
+        budget.limit_of = limit_of
+    assert plan.frozen
+    assert plan.limit_bytes == min(limits)
+    assert 0 < plan.chunks[0]["layers"].count("none") < 8, plan
+    told: list = [None] * 2
+    torch.distributed.all_gather_object(told, plan.chunks)
+    assert told[0] == told[1]
+    return {"losses": losses}
+
+
+@case(ranks=(2,))
+def late_states_and_steps_over_the_limit_are_planned_for(ctx: Context) -> dict:
+    """What a device would count is pretended: optimizer states come late, then one rank goes over in a frozen step."""
+    from megatron_ext import device_peak
+    from megatron_ext.recompute.held import Held
+
+    gpt = GPT(layers=8, hidden=64, ffn=256, length=64)
+    batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(2)]
+    said, spent = {"allocated": 1_000_000, "peak": 0}, []
+    with pytest.MonkeyPatch.context() as patch, megatron_models.parallel_state(tp=2):
+        patch.setattr(Held, "counts_everything", True)
+        patch.setattr(torch.cuda, "memory_allocated", lambda _device: said["allocated"])
+        patch.setattr(device_peak, "watch", lambda _device: None)
+        patch.setattr(device_peak, "peak_bytes", lambda _device: said["peak"])
+        with applied(ctx, {}, "5MB"):
+            chunks = megatron_models.build(gpt)
+
+            def steps(count: int) -> None:
+                for _ in range(count):
+                    megatron_models.forward_backward(chunks, batches)
+                running = job.running().recomputation
+                assert running.is_frozen
+                spent.append(running.stage_plan.recompute_seconds[0])
+
+            steps(3)
+            steps(1)  # nothing has changed
+            said["allocated"] += 1_000_000
+            steps(2)
+            steps(1)
+            if ctx.rank == 1:
+                chunks[0].register_forward_pre_hook(lambda *_: said.update(peak=6_000_000))
+            steps(1)
+            chunks[0]._forward_pre_hooks.clear()
+            said["peak"] = 3_000_000  # as if the step after it held less
+            steps(1)
+    assert spent[0] == spent[1] < spent[2] == spent[3] == spent[4] < spent[5], spent
+    told: list = [None] * 2
+    torch.distributed.all_gather_object(told, spent)
+    assert told[0] == told[1]
+    return {"seconds": spent}
+
+
+@case(ranks=(2,), most_quick=1, strength=1, kind=("forward_only", "no_grad"))
+def evaluation_in_training_mode_is_no_micro_batch(ctx: Context, kind: str) -> dict:
+    """Before the first step and between steps, on longer sequences: nothing is planned for them, nothing counts."""
+    gpt = GPT(layers=8, hidden=64, ffn=256, length=128)
+    batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(MICRO_BATCHES)]
+    longer = [plain_gpt.make_batch(gpt, 9, length=128)]
+    found = []
+    with megatron_models.parallel_state(pp=2):
+        for recompute in ({"enabled": False}, {}):
+            with applied(ctx, recompute, "16MB") as log:
+                chunks = megatron_models.build(gpt)
+                losses = []
+                for _ in range(STEPS):
+                    with torch.set_grad_enabled(kind == "forward_only"):
+                        losses += megatron_models.forward_backward(chunks, longer, forward_only=True)
+                    losses += megatron_models.forward_backward(chunks, batches)
+                found.append(losses)
+                counters = megatron_ext.recompute_counters()
+    assert found[0] == found[1]
+    forward = sum(counts["forward"] for counts in counters.values())
+    assert forward == 4 * STEPS * MICRO_BATCHES, counters
+    torch.distributed.barrier()
+    if ctx.rank == 0:
+        assert {event["length"] for event in events(log, "recompute_measured")} == {64}
+        assert len(events(log, "recompute_plan")) == 1
+    return {"counters": counters}
+
+
+@case(ranks=(1,))
+def saved_plan_is_refused_where_layers_cannot_run_it(ctx: Context) -> None:
+    """`mlp` with biases never ends in Megatron-core, so a file is as little trusted as a key."""
+    path = ctx.folder / "plan.json"
+    with megatron_models.parallel_state():
+        gpt = GPT(layers=2)
+        batches = [plain_gpt.make_batch(gpt, 0)]
+        with applied(ctx, {"policy": "none", "plan": {"save": str(path)}}, "1GB"):
+            _steps(gpt, batches)
+        plan = json.loads(path.read_text())
+        plan["stages"][0]["layers"][1] = "mlp"
+        path.write_text(json.dumps(plan))
+        message = "recomputes mlp of layer 2, but its linear_fc2 has a bias"
+        with applied(ctx, {"plan": {"load": str(path), "save": None}}, "1GB"):
+            with pytest.raises(ValueError, match=message):
+                _steps(gpt, batches)
+
+
 @case(ranks=(1,))
 def frozen_blocks_are_measured_as_they_are(ctx: Context) -> dict:
     """Without weight gradients a layer keeps less; when others train, layers are measured anew."""

@@ -172,6 +172,7 @@ ORDER = """
     megatron_ext.sequence_parallel.switch
     megatron_ext.sequence_parallel.stopwatch
     megatron_ext.sequence_parallel.budget
+    megatron_ext.saved_bytes
     megatron_ext.sequence_parallel.memory_probe
     megatron_ext.sequence_parallel.aliases
     megatron_ext.sequence_parallel.calibration
@@ -192,7 +193,7 @@ ORDER = """
     megatron_ext.recompute.plan
     megatron_ext.recompute.layer_loop
     megatron_ext.recompute.layer_classes
-    megatron_ext.recompute.saved_bytes
+    megatron_ext.recompute.refusals
     megatron_ext.recompute.probe
     megatron_ext.recompute.sizes
     megatron_ext.recompute.stage

@@ -283,6 +283,20 @@ def test_evaluation_is_left_to_the_block():
     assert (loop.number, dict(loop.calls), arrived, block.stock) == (0, {}, [], 0)
 
 
+@pytest.mark.parametrize("how", ["no_grad", "told"])
+def test_evaluation_in_training_mode_is_no_micro_batch(how):
+    block, loop = planned(FULL, FULL, "mlp")
+    loop.evaluates = how == "told"
+    arrived = []
+    loop.arrived = lambda *given: arrived.append(given)
+    expected = TransformerBlock()(x_of())
+    with torch.set_grad_enabled(how == "told"):
+        y = block(x_of())
+    assert torch.equal(y, expected)
+    assert (loop.number, dict(loop.calls), arrived) == (0, {}, [])
+    assert block.layers[2].noted == [()]
+
+
 def test_modules_are_switched_for_each_layer_and_again_when_the_plan_changes():
     block, loop = planned("mlp", "core_attn+layernorm", FULL)
     block.layers[

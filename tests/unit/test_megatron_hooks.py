@@ -167,6 +167,11 @@ class Stepping:
         finally:
             self.ran.append(("ends", micro_batches))
 
+    @contextmanager
+    def evaluation(self):
+        self.ran.append(("evaluation",))
+        yield
+
     def forward_begins(self):
         self.ran.append(("forward begins",))
 
@@ -218,7 +223,13 @@ def test_evaluation_is_no_step(monkeypatch, name):
     hooks.install_schedules(module)
     monkeypatch.setattr(job, "_job", Stepping(module.ran))
     assert getattr(module, name)(num_microbatches=1, forward_only=True) == [10]
-    assert module.ran == [(name, 1, True), ("forward begins",), ("forward", 0), ("forward ended",)]
+    assert module.ran == [
+        ("evaluation",),
+        (name, 1, True),
+        ("forward begins",),
+        ("forward", 0),
+        ("forward ended",),
+    ]
 
 
 @pytest.mark.parametrize("name", hooks.SCHEDULES)

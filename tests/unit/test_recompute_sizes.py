@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,26 @@ ROW = Measured(NONE, 1.0, 2.0, 10_000, 5_000)
 def test_size_knows_its_tokens_and_pairs():
     assert (LONG.tokens, LONG.pairs) == (2048, 2048**2)
     assert (WIDE.tokens, WIDE.pairs) == (2048, 4 * 512**2)
+
+
+def test_many_short_sequences_and_few_long_ones_are_joined_in_a_size_that_covers_both():
+    many, few = Size(8, 512), Size(1, 4000)
+    joined = many.joined(few)
+    assert joined == few.joined(many) == Size(1, 4096)
+    assert joined.covers(many)
+    assert joined.covers(few)
+    assert LONG.joined(WIDE) is LONG  # which covers it
+
+
+def test_joined_sizes_cover_and_settle():
+    drawn = random.Random(0)
+    for _ in range(200):
+        sizes = [Size(drawn.randint(1, 9), drawn.randint(1, 999)) for _ in range(3)]
+        joined = sizes[0]
+        for size in sizes[1:]:
+            joined = joined.joined(size)
+        assert all(joined.covers(size) for size in sizes), sizes
+        assert all(joined.joined(size) is joined for size in sizes)
 
 
 @pytest.mark.parametrize("choice", [NONE, FULL, "mlp"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ext.recompute.saved_bytes import SavedBytes
+from megatron_ext.saved_bytes import SavedBytes, place_of
 
 N, FLOAT = 1000, 4
 BYTES = N * FLOAT
@@ -24,7 +24,7 @@ def parameter() -> torch.Tensor:
 
 def test_what_autograd_keeps_is_counted_until_backward_has_used_it():
     weight = parameter()
-    with SavedBytes([weight]) as saved:
+    with SavedBytes([place_of(weight)]) as saved:
         y = (weight * vector()).exp()
         assert saved.now == 2 * BYTES  # the other factor, and exp's own result
         y.sum().backward()
@@ -35,7 +35,7 @@ def test_what_autograd_keeps_is_counted_until_backward_has_used_it():
 
 def test_parameters_are_not_counted_nor_are_their_views():
     weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(2, 4, requires_grad=True)
-    with SavedBytes([weight]) as saved:
+    with SavedBytes([place_of(weight)]) as saved:
         y = x @ weight.t()
         assert saved.now == x.untyped_storage().nbytes()
     assert y.requires_grad
@@ -65,7 +65,7 @@ def test_only_what_is_saved_inside_is_counted():
 
 def test_peak_is_of_all_graphs_together_and_stays():
     x = parameter()
-    with SavedBytes([x]) as saved:
+    with SavedBytes([place_of(x)]) as saved:
         graphs = [x.exp() for _ in range(4)]
         assert saved.now == 4 * BYTES
         while graphs:
@@ -79,7 +79,7 @@ def test_peak_is_of_all_graphs_together_and_stays():
 def test_memory_that_is_given_out_again_is_counted_anew():
     """A freed storage's address is the next one's: neither missed nor counted twice."""
     x = parameter()
-    with SavedBytes([x]) as saved:
+    with SavedBytes([place_of(x)]) as saved:
         for _ in range(20):
             y = x.exp()
             assert saved.now == BYTES
@@ -92,7 +92,7 @@ def test_memory_that_is_given_out_again_is_counted_anew():
 def test_storage_that_is_emptied_while_it_is_held_counts_nothing_until_it_is_filled():
     """As Megatron-core empties what it computes again in backward."""
     x = parameter()
-    with SavedBytes([x]) as saved:
+    with SavedBytes([place_of(x)]) as saved:
         y = x.exp()
         storage = y.untyped_storage()
         storage.resize_(0)
@@ -107,7 +107,7 @@ def test_storage_that_is_emptied_while_it_is_held_counts_nothing_until_it_is_fil
 
 def test_recomputation_in_backward_is_counted_as_it_saves():
     x = parameter()
-    with SavedBytes([x]) as saved:
+    with SavedBytes([place_of(x)]) as saved:
         y = checkpoint(lambda x: x.exp().sin().exp(), x, use_reentrant=True)
         assert saved.now == 0
         y.sum().backward()
@@ -121,7 +121,7 @@ def test_gradients_are_what_they_are_without_counting():
     for counted in (False, True):
         x = parameter()
         if counted:
-            with SavedBytes([x]):
+            with SavedBytes([place_of(x)]):
                 x.exp().mul(x).sum().backward()
         else:
             x.exp().mul(x).sum().backward()
@@ -134,7 +134,7 @@ def test_graph_that_is_dropped_without_a_backward_is_freed_without_a_garbage_col
     x = parameter()
     gc.disable()
     try:
-        with SavedBytes([x]) as saved:
+        with SavedBytes([place_of(x)]) as saved:
             y = x.exp()
             y = None
             assert saved.now == 0
@@ -145,7 +145,7 @@ def test_graph_that_is_dropped_without_a_backward_is_freed_without_a_garbage_col
 
 def test_empty_tensors_are_no_trouble():
     x = torch.empty(0, requires_grad=True)
-    with SavedBytes([torch.empty(0)]) as saved:
+    with SavedBytes([place_of(torch.empty(0))]) as saved:
         y = x.exp()
         assert saved.now == 0
     assert y.numel() == 0
@@ -153,7 +153,7 @@ def test_empty_tensors_are_no_trouble():
 
 def test_hooks_are_gone_after_an_exception():
     x = parameter()
-    saved = SavedBytes([x])
+    saved = SavedBytes([place_of(x)])
     with pytest.raises(KeyError), saved:
         raise KeyError
     x.exp()
@@ -163,7 +163,7 @@ def test_hooks_are_gone_after_an_exception():
 def test_output_may_be_emptied_once_it_has_been_sent():
     """As Megatron-core's deallocate_output_tensor does, and its custom_backward goes on from."""
     x = parameter()
-    with SavedBytes([x]) as saved:
+    with SavedBytes([place_of(x)]) as saved:
         y = x.exp()
         y.data = torch.empty(1)
         assert saved.now == BYTES
@@ -171,3 +171,13 @@ def test_output_may_be_emptied_once_it_has_been_sent():
             (y,), (torch.ones(N),), False, False, (), True, True
         )
     assert torch.equal(x.grad, vector().exp())
+
+
+def test_places_are_of_what_nobody_has_freed():
+    x = parameter()
+    with SavedBytes([place_of(x)]) as saved:
+        kept, freed = x.exp(), x.exp()
+        assert saved.places_alive() == {place_of(kept), place_of(freed)}
+        place = place_of(kept)
+        del freed
+        assert saved.places_alive() == {place}

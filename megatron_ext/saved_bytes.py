@@ -7,7 +7,7 @@ autograd still holds them. It costs Python for every saved tensor, so it is ente
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
+def place_of(tensor: Tensor) -> int:
+    """Where a tensor's storage lies."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class SavedBytes:
     """Inside, what is saved for backward and not freed yet."""
 
-    def __init__(self, there: Iterable[Tensor] = ()):
-        self._there = {tensor.untyped_storage().data_ptr() for tensor in there}
+    def __init__(self, there: Iterable[int] = ()):
+        """`there`: where storages lie that count for nothing (`place_of`)."""
+        self._there = set(there)
         self._storages: dict[int, StorageWeakRef] = {}
         """By their C++ object, whose address nobody else gets while there is a weak reference."""
         self._hooks: Any = None
@@ -37,14 +43,19 @@ class SavedBytes:
     @property
     def now(self) -> int:
         """Bytes that are held at this moment."""
-        total = 0
+        return sum(storage.nbytes() for storage in self._alive())
+
+    def places_alive(self) -> set[int]:
+        """Where storages lie that nobody has freed."""
+        return {storage.data_ptr() for storage in self._alive()}
+
+    def _alive(self) -> Iterator[torch.UntypedStorage]:
         for place, found in list(self._storages.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(found.cdata)
             if storage is None:
                 del self._storages[place]
             else:
-                total += storage.nbytes()
-        return total
+                yield storage
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
