@@ -43,8 +43,7 @@ def join(engine: Any, ds_config: Mapping[str, Any]) -> None:
         running = job.apply(dict(ds_config))
     if running is None:
         return
-    for block in blocks:
-        running.adopt(block)
+    running.adopt_model(engine.module)
     for block in running.blocks:
         if block in blocks:
             _sum_gradients(engine.module, group_of(block), running.on_close)
@@ -56,7 +55,10 @@ def _sum_gradients(model: nn.Module, group: Any, on_close: contextlib.ExitStack)
     summed = [parameter for parameter in _partial(model) if not hasattr(parameter, _MARK)]
     for parameter in summed:
         setattr(parameter, _MARK, True)
+        trains = parameter.requires_grad
+        parameter.requires_grad_(True)  # one that rests now may train later, and needs the hook then
         handle = parameter.register_hook(lambda grad: _summed(grad, group))
+        parameter.requires_grad_(trains)
         on_close.callback(_sum_no_more, parameter, handle)
     if summed:
         logger.info(
@@ -76,7 +78,7 @@ def _partial(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters of which every rank has a copy and a part of the gradient, as ``finalize_model_grads`` has it."""
     for name, parameter in model.named_parameters():
         marked = getattr(parameter, "sequence_parallel", False)
-        if parameter.requires_grad and (marked or "q_layernorm" in name or "k_layernorm" in name):
+        if marked or "q_layernorm" in name or "k_layernorm" in name:
             yield parameter
 
 

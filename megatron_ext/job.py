@@ -62,6 +62,18 @@ class Job:
             compat.check()
             self.recomputation.adopt(block, self._board(block, "recompute"))
 
+    def adopt_model(self, model: nn.Module) -> None:
+        """The same for all blocks of a model that is built already."""
+        for block in blocks_of(model):
+            self.adopt(block)
+        for module in model.modules():
+            if (
+                getattr(module, "post_process", False)
+                and hasattr(module, "decoder")
+                and hasattr(module, "vocab_size")
+            ):
+                self.set_vocabulary(module.decoder, module.vocab_size)
+
     def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
             return
@@ -84,7 +96,7 @@ class Job:
             logger.warning("megatron_ext: layer %s stays with %s: %s", number, NATIVE, "; ".join(reasons))
 
     def set_vocabulary(self, block: nn.Module, size: int) -> None:
-        """How many logits a rank computes for a token at the end of this block."""
+        """How many logits the tensor-parallel group computes for a token at the end of this block."""
         if block in self._policies:
             self._policies[block].vocabulary = size
 
@@ -104,8 +116,15 @@ class Job:
         from ds_grass.agreement import ranks_on_node
 
         return Surroundings(
-            self.config, self.telemetry, self._board(block), ranks_on_node() or dist.get_world_size()
+            self.config,
+            self.telemetry,
+            self._board(block),
+            ranks_on_node() or dist.get_world_size(),
+            self._layers_recomputed,
         )
+
+    def _layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
+        return None if self.recomputation is None else self.recomputation.layers_recomputed(block)
 
     def _recomputation(self) -> Recomputation | None:
         from ds_grass.agreement import ranks_on_node
@@ -245,8 +264,7 @@ def apply(config: Any, model: nn.Module | None = None) -> Job | None:
     located = locate(config)
     _job, _looked = (None if located is None else Job(located)), True
     if _job is not None and model is not None:
-        for block in blocks_of(model):
-            _job.adopt(block)
+        _job.adopt_model(model)
     return _job
 
 
@@ -265,7 +283,7 @@ def _can_switch(block: nn.Module) -> bool:
     config = block.config
     size = switch.group_of(block).size()
     if size == 1:
-        logger.info(
+        logger.warning(
             "megatron_ext: tensor_model_parallel_size is 1, so there is no group to spread a sequence over"
         )
         return False

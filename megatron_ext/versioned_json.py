@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Whole or not at all: a job may be killed, and jobs that start together may write the same file."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # nobody else's, on whatever node
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_versioned(

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.versioned_json import read_versioned
+from megatron_ext.versioned_json import read_versioned, write_whole
 
 NONE, FULL = "none", "full"
 MODULES = ("core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts")
@@ -129,14 +128,7 @@ class RecomputePlan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Whole or not at all: jobs that start together may write the same file."""
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # nobody else's, on whatever node
-        try:
-            beside.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def load_plan(path: str | Path, chunks: Mapping[tuple[int, int], int], key: str = KEY) -> RecomputePlan:

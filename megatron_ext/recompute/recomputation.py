@@ -36,7 +36,7 @@ from .held import Held
 from .layer_classes import allowed_modules
 from .layer_loop import LayerLoop
 from .measurements import Measurements
-from .plan import ChunkPlan, load_plan
+from .plan import FULL, ChunkPlan, load_plan
 from .policies import layers_recomputed
 from .refusals import check_config, check_plan
 from .schedule import Pipeline, open_counts
@@ -118,6 +118,17 @@ class Recomputation:
         for (phase, choice), calls in sorted(total.items()):
             found.setdefault(choice, {"forward": 0, "recomputed": 0})[phase] = calls
         return found
+
+    def layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
+        """1 for each layer that runs again in full in every micro-batch, 0 for the others; None of another's block."""
+        loop = self._loops.get(block)
+        if loop is None:
+            return None
+        share = loop.plan.share
+        always = [choice == FULL for choice in loop.plan.layers]
+        if share is not None:
+            always[share.layer] &= share.choice == FULL
+        return tuple(map(int, always))
 
     def adopt(self, block: nn.Module, board: Board) -> None:
         """Recompute this block by plan. Raises ValueError where it cannot be."""
@@ -201,9 +212,15 @@ class Recomputation:
         """Optimizer states may be made late, after steps that overflowed; and a frozen step may have gone over."""
         static, over = self._held.most_of_group(self._held.static(), self._over)
         self._over = 0
-        if over or static > _GREW * self._static:
-            self._less += over
+        if not over and static <= _GREW * self._static:
+            return
+        self._less += over
+        try:
             self._make_plan()
+        except ValueError as error:  # so far it has run, so it may go on
+            logger.warning("%s; until then every layer is recomputed", error)
+            self._use([first_layers(len(block.layers), len(block.layers)) for block in self._loops])
+            self._frozen = True
 
     @contextmanager
     def _noticing_peaks(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -42,6 +43,8 @@ class Surroundings:
     telemetry: Telemetry
     board: Board
     ranks_on_node: int
+    recomputed: Callable[[nn.Module], tuple[int, ...] | None] = lambda _block: None
+    """As :func:`.recomputed.layers_together`, of a block that is recomputed by plan; None of one that is not."""
 
 
 class BlockPolicy:
@@ -54,9 +57,11 @@ class BlockPolicy:
         self._costs: KnownCosts | None = None
         self._switch: BlockSwitch | None = None
         self._shapes: list[LayerShape | None] = []
+        self._together: tuple[int, ...] = ()
+        """What plans were made for, as :func:`.recomputed.layers_together` has it."""
         self._seen: set[tuple[int, int, tuple[str, ...]]] = set()
         self.vocabulary = 0
-        """Of this rank's logits, 0 where the block's stage has none."""
+        """Of the whole tensor-parallel group, 0 where the block's stage has none."""
 
     def attached(self, switch: BlockSwitch) -> None:
         """The block is known: check what can be checked before anything runs. Raises ValueError."""
@@ -80,6 +85,8 @@ class BlockPolicy:
         assert self._costs is not None
         if batch * length > self._costs.reach:
             self._profile_also(batch, length)
+        elif self._layers_together() != self._together:  # another plan of what is recomputed
+            self._plan_with(self._planner.budget_bytes)
         lengths = (
             None
             if documents is None
@@ -164,8 +171,8 @@ class BlockPolicy:
         models = self._costs.models
         known = next(iter(models))
         places: dict[tuple[LayerShape | None, int], list[int]] = defaultdict(list)
-        recomputed = layers_together(self._switch.block.config, len(self._shapes))
-        for place, kind in enumerate(zip(self._shapes, recomputed, strict=True)):
+        self._together = self._layers_together()
+        for place, kind in enumerate(zip(self._shapes, self._together, strict=True)):
             places[kind].append(place)
         kinds = [
             LayerKind(
@@ -183,7 +190,7 @@ class BlockPolicy:
             granularity=self._config.granularity,
             smoothing=self._config.smoothing,
             outside_bytes=lambda batch, length: logits_bytes(
-                batch * length, self.vocabulary, known.element_bytes
+                -(-batch * length // known.group_size), self.vocabulary, known.element_bytes
             ),
         )
         self._planner.previous = previous
@@ -192,6 +199,12 @@ class BlockPolicy:
             "the memory budget": self._planner.budget_bytes,
         }
         self._surroundings.board.compare("what plans follow from", facts)
+
+    def _layers_together(self) -> tuple[int, ...]:
+        assert self._switch is not None
+        block = self._switch.block
+        planned = self._surroundings.recomputed(block)
+        return layers_together(block.config, len(self._shapes)) if planned is None else planned
 
     def _able(self, shape: LayerShape) -> tuple[str, ...]:
         """What is allowed and can run."""

@@ -86,7 +86,10 @@ def _measure(run: Callable[[Tensor], Tensor], x: Tensor, shared: Sequence[Tensor
 
 @contextmanager
 def _whole(layer: nn.Module) -> Iterator[None]:
-    """Without Megatron's recomputation of modules: it would run their own weights in backward, not the aliases."""
+    """As in training, whatever the first micro-batch is of, but without Megatron's recomputation of modules: it would
+    run their own weights in backward, not the aliases."""
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.train()
     before = {name: getattr(layer, name) for name in _RECOMPUTED if hasattr(layer, name)}
     for name in before:
         setattr(layer, name, False)
@@ -95,12 +98,21 @@ def _whole(layer: nn.Module) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(layer, name, value)
+        for module, training in modes:
+            module.training = training
 
 
 def _first_rows(tables: Any, length: int) -> Any:
     if isinstance(tables, tuple):
         return tuple(_first_rows(table, length) for table in tables)
-    return tables if tables is None else tables[:length]
+    if tables is None:
+        return None
+    # With packed documents a table is as long as the longest of them; its values do not matter here.
+    return (
+        tables[torch.arange(length, device=tables.device) % len(tables)]
+        if len(tables) < length
+        else tables[:length]
+    )
 
 
 def _flat(tables: Any) -> list[Tensor]:

@@ -93,11 +93,22 @@ class KnownCosts:
         """From all that was measured; the first rank saves it, and says how well unseen lengths are known."""
         for shape, profile in self._profiles.items():
             if dist.get_rank() == 0:
-                if self._config.cost_model.save:
-                    profile.save(Path(self._config.cost_model.save))
+                self._save(profile)
                 model_of = partial(self._model, shape)
                 self._tell_errors(held_out_error(model_of, profile.measurements))
             self.models[shape] = self._model(shape, profile.measurements)
+
+    def _save(self, profile: Profile) -> None:
+        """A job does not end for want of a file that it needs no more."""
+        if not self._config.cost_model.save:
+            return
+        try:
+            profile.save(Path(self._config.cost_model.save))
+        except OSError as error:
+            logger.warning(
+                "megatron_ext.sequence_parallel.cost_model.save is %r, which cannot be written (%s); the job goes on",
+                self._config.cost_model.save, error,
+            )  # fmt: skip
 
     def _model(self, shape: LayerShape, rows: Sequence[Measurement]) -> CostModel:
         if self._config.cost_model.kind == "forest":

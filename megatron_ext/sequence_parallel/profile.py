@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_ext.sequence_parallel.layer_shape import LayerShape
 from megatron_ext.sequence_parallel.names import STRATEGIES
-from megatron_ext.versioned_json import read_versioned
+from megatron_ext.versioned_json import read_versioned, write_whole
 
 FORMAT = "megatron_ext.sequence_parallel.profile"
 VERSION = 1
@@ -76,7 +76,7 @@ class Profile:
             "source": dict(self.source),
             "measurements": [asdict(row) for row in self.measurements],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_profile(path: str | Path, shape: LayerShape | None = None, key: str = "cost_model.load") -> Profile:

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import megatron_ext
+from megatron_ext import job
+from megatron_ext.sequence_parallel.memory_forms import logits_bytes
 from megatron_ext.sequence_parallel.names import NATIVE, STRATEGIES
 from tests import megatron_models, plain_gpt
 from tests.distributed.harness import Context
@@ -92,6 +94,71 @@ def what_is_much_longer_is_profiled_when_it_comes(ctx: Context) -> None:
     assert _profiled(log) == [[16, 4], [256, 64]]
     rows = json.loads(profile.read_text())["measurements"]
     assert [row["length"] for row in rows if row["strategy"] == "ring"] == [16, 4, 256, 64]
+
+
+@case(ranks=(2,))
+def packed_documents_are_profiled_and_planned(ctx: Context) -> None:
+    """Their table of rotary angles is as long as the longest of them, which is less than what is profiled."""
+    gpt = GPT(groups=4)
+    batches = [plain_gpt.make_packed_batch(gpt, 0, (5, 11, 1, 15))]
+    expected, exact = plain_gpt.loss_and_gradients(gpt, plain_gpt.full_weights(gpt), batches)
+    strategies = [
+        name for name in STRATEGIES if name != NATIVE
+    ]  # Megatron's own attention on CPUs takes none
+    with megatron_models.parallel_state(tp=2), applied(ctx, {"strategies": strategies}) as log:
+        chunks = megatron_models.build(gpt)
+        losses = megatron_models.forward_backward(chunks, batches)
+        worst, where = megatron_models.largest_difference(megatron_models.gather_gradients(chunks), exact)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    assert worst <= 1e-12, f"{where}: {worst:.1e}"
+    assert _profiled(log) == [[32, 8, 4]]
+
+
+@case(ranks=(2,))
+def logits_are_counted_however_the_model_came(ctx: Context) -> None:
+    """Built under the block, or built before and handed over; for a rank, half of them."""
+    gpt = GPT()
+    settings = {"megatron_ext": {"log": {"enabled": False}}}
+    with megatron_models.parallel_state(tp=2):
+        for built_before in (False, True):
+            megatron_ext.remove()
+            if not built_before:
+                megatron_ext.apply(settings)
+            chunks = megatron_models.build(gpt)
+            if built_before:
+                megatron_ext.apply(settings, chunks[0])
+            chunks[0](*_inputs(gpt, length=16))
+            (policy,) = job.running()._policies.values()
+            rows = plain_gpt.make_batch(gpt, 0, length=16).tokens.shape[0]
+            assert policy._planner._outside_bytes(rows, 16) == logits_bytes(rows * 16 // 2, gpt.vocabulary, 8)
+            megatron_ext.remove()
+
+
+@case(ranks=(2,), most_quick=1, strength=1, policy=("none", "uniform"))
+def layers_cost_what_the_recompute_block_makes_of_them(ctx: Context, policy: str) -> None:
+    """Not what the copy of the config says by which they are recomputed."""
+    gpt = GPT(layers=4)
+    recompute = {"policy": policy, "ratio": None if policy == "none" else 0.5, "plan": {"save": None}}
+    with megatron_models.parallel_state(tp=2), applied(ctx, {}, recompute=recompute):
+        chunks = megatron_models.build(gpt)
+        megatron_models.forward_backward(chunks, [plain_gpt.make_batch(gpt, 0)])
+        (policy_of_block,) = job.running()._policies.values()
+        assert sorted(policy_of_block._together) == ([0] * 4 if policy == "none" else [0, 0, 1, 1])
+
+
+@case(ranks=(2,))
+def a_profile_is_of_training_whatever_came_first(ctx: Context) -> None:
+    """An evaluation may be first; its layers have no dropout, and everything is as it was afterwards."""
+    gpt, seen = GPT(), set()
+    with megatron_models.parallel_state(tp=2), applied(ctx, {}):
+        chunks = megatron_models.build(gpt)
+        chunks[0].eval()
+        mlp = chunks[0].decoder.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda module, _: seen.add(module.training))
+        with torch.no_grad():
+            chunks[0](*_inputs(gpt, length=16))
+        assert seen == {True, False}
+        assert not any(module.training for module in chunks[0].modules())
 
 
 def _profiled(log: Path) -> list[list[int]]:

@@ -236,6 +236,9 @@ def late_states_and_steps_over_the_limit_are_planned_for(ctx: Context) -> dict:
             chunks[0]._forward_pre_hooks.clear()
             said["peak"] = 3_000_000  # as if the step after it held less
             steps(1)
+            said["allocated"] += 10_000_000  # more than any plan is good for
+            steps(2)
+            assert set(job.running().recomputation.plans[0].layers) == {"full"}
     assert spent[0] == spent[1] < spent[2] == spent[3] == spent[4] < spent[5], spent
     told: list = [None] * 2
     torch.distributed.all_gather_object(told, spent)

@@ -373,6 +373,22 @@ def test_summed_gradients_go_with_the_job():
     assert set(vars(model.weight)) == {"sequence_parallel"}
 
 
+def test_gradients_of_what_rests_now_are_summed_once_it_trains(monkeypatch):
+    """Blocks may rest when an engine is built, and train later."""
+    running_job, model, summed = a_job(), nn.LayerNorm(2), []
+    monkeypatch.setattr(deepspeed_engine, "_summed", lambda grad, group: summed.append(group) or grad)
+    for parameter in model.parameters():
+        parameter.sequence_parallel = True
+    model.weight.requires_grad_(False)
+    group = SimpleNamespace(size=lambda: 1)
+    deepspeed_engine._sum_gradients(model, group, running_job.on_close)
+    assert not model.weight.requires_grad
+    model.weight.requires_grad_(True)
+    model(torch.ones(1, 2)).sum().backward()
+    assert summed == [group] * 2
+    running_job.close()
+
+
 def test_apply_without_a_block_is_no_job_and_a_wrong_block_is_an_error():
     megatron_ext.apply({"train_batch_size": 1})
     assert job.current() is None
