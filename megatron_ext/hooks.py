@@ -106,8 +106,8 @@ def _tell_vocabulary(model: Any, _kwargs: dict[str, Any]) -> None:
     from . import job
 
     found = job.current()
-    if found is not None and model.post_process and hasattr(model, "decoder"):
-        found.set_vocabulary(model.decoder, model.vocab_size)
+    if found is not None:
+        job.tell_vocabulary(found, model)
 
 
 def _join_engine(engine: Any, kwargs: dict[str, Any]) -> None:

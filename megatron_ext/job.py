@@ -66,13 +66,11 @@ class Job:
         """The same for all blocks of a model that is built already."""
         for block in blocks_of(model):
             self.adopt(block)
+        from megatron.core.models.gpt.gpt_model import GPTModel
+
         for module in model.modules():
-            if (
-                getattr(module, "post_process", False)
-                and hasattr(module, "decoder")
-                and hasattr(module, "vocab_size")
-            ):
-                self.set_vocabulary(module.decoder, module.vocab_size)
+            if isinstance(module, GPTModel):
+                tell_vocabulary(self, module)
 
     def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
@@ -274,6 +272,12 @@ def remove() -> None:
     job, _job, _looked = _job, None, True
     if job is not None:
         job.close()
+
+
+def tell_vocabulary(found: Job, model: nn.Module) -> None:
+    """What only a GPTModel knows: how many logits its last stage computes."""
+    if model.post_process and hasattr(model, "decoder"):
+        found.set_vocabulary(model.decoder, model.vocab_size)
 
 
 def _can_switch(block: nn.Module) -> bool:

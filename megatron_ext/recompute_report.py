@@ -115,9 +115,8 @@ def _check(plan: StagePlan, chunks: int) -> None:
     for value in _numbers(plan):
         if not (math.isfinite(value) and 0 <= value < 2**63):
             raise ValueError(f"stage {plan.stage} tells {value}; allowed: numbers from 0 to 2^63")
-    if plan.error is not None and not math.isfinite(
-        plan.error
-    ):  # negative where less was held than predicted
+    # Negative where less was held than predicted.
+    if plan.error is not None and not math.isfinite(plan.error):
         raise ValueError(f"stage {plan.stage} tells an error of {plan.error}; allowed: a finite share")
     chunk_plans(plan)
     for option in plan.layer_options or ():

@@ -90,6 +90,13 @@ class ChunkPlan:
             return self.share.choice
         return self.layers[layer]
 
+    def always_in_full(self) -> list[bool]:
+        """Of each layer, whether it runs again in full in every pass."""
+        always = [choice == FULL for choice in self.layers]
+        if self.share is not None:
+            always[self.share.layer] &= self.share.choice == FULL
+        return always
+
     def digest(self) -> str:
         """Twelve hex digits to compare between ranks that replay collectives together."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]

@@ -36,9 +36,10 @@ from .held import Held
 from .layer_classes import allowed_modules
 from .layer_loop import LayerLoop
 from .measurements import Measurements
-from .plan import FULL, ChunkPlan, load_plan
+from .plan import ChunkPlan, load_plan
 from .policies import layers_recomputed
 from .refusals import check_config, check_plan
+from .running_pipeline import opens_more, own_chunks, own_stage, pipeline_of
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .stage import chunk_plans, first_layers, fraction_of, least_peak, problem_of, spread
@@ -51,6 +52,10 @@ logger = logging.getLogger("megatron_ext")
 
 _GREW = 1.01
 """Times the bytes that a plan counts as there anyway: with more, it is made anew."""
+
+
+class _NothingFits(ValueError):
+    """Even with everything recomputed the limit is exceeded."""
 
 
 class Recomputation:
@@ -122,19 +127,13 @@ class Recomputation:
     def layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
         """1 for each layer that runs again in full in every micro-batch, 0 for the others; None of another's block."""
         loop = self._loops.get(block)
-        if loop is None:
-            return None
-        share = loop.plan.share
-        always = [choice == FULL for choice in loop.plan.layers]
-        if share is not None:
-            always[share.layer] &= share.choice == FULL
-        return tuple(map(int, always))
+        return None if loop is None else tuple(int(whole) for whole in loop.plan.always_in_full())
 
     def adopt(self, block: nn.Module, board: Board) -> None:
         """Recompute this block by plan. Raises ValueError where it cannot be."""
         if block in self._loops:
             return
-        if len(self._loops) == _chunks():
+        if len(self._loops) == own_chunks():
             logger.warning(
                 "megatron_ext: recompute plans the first model of a job; another one's blocks stay as they are"
             )
@@ -143,7 +142,7 @@ class Recomputation:
         for layer in block.layers:
             allowed_modules(layer, self._config.modules)
         loop = layer_loop.attach(block)
-        loop.plan = first_layers(len(block.layers), len(block.layers))
+        loop.plan = _everything(block)
         loop.arrived = self._arrived
         self._loops[block], self._board = loop, board
 
@@ -162,11 +161,13 @@ class Recomputation:
         start = time.perf_counter()
         self._story.meet([len(block.layers) for block in self._loops])
         if not any(len(plan.layers) for plan in self.plans):  # a stage for the embedding or the loss alone
-            self._story.plan_of_nothing(_pipeline(micro_batches, next(iter(self._loops)).config), self.plans)
+            self._story.plan_of_nothing(
+                pipeline_of(micro_batches, next(iter(self._loops)).config), self.plans
+            )
             yield
             return
-        pipeline = _pipeline(micro_batches, self._held.block.config)
-        more = self._pipeline is not None and _opens_more(self._pipeline, pipeline)
+        pipeline = pipeline_of(micro_batches, self._held.block.config)
+        more = self._pipeline is not None and opens_more(self._pipeline, pipeline)
         if self._pipeline is None or more:
             self._pipeline = pipeline
         if self.is_measured:
@@ -217,9 +218,9 @@ class Recomputation:
         self._less += over
         try:
             self._make_plan()
-        except ValueError as error:  # so far it has run, so it may go on
+        except _NothingFits as error:  # so far it has run, so it may go on
             logger.warning("%s; until then every layer is recomputed", error)
-            self._use([first_layers(len(block.layers), len(block.layers)) for block in self._loops])
+            self._use([_everything(block) for block in self._loops])
             self._frozen = True
 
     @contextmanager
@@ -244,8 +245,8 @@ class Recomputation:
         if self._trains and trains != self._trains:
             self._probing, self._frozen, self._largest = True, False, None
             self._measurements.forget()
-            for loop in self._loops.values():
-                loop.plan, loop.number = first_layers(len(loop.plan.layers), len(loop.plan.layers)), 0
+            for block, loop in self._loops.items():
+                loop.plan, loop.number = _everything(block), 0
         self._trains = trains
 
     def _arrived(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
@@ -281,7 +282,7 @@ class Recomputation:
         solution = solve_in_order(problem)
         solved_in = time.perf_counter() - start
         if not solution.fits:
-            raise ValueError(self._nothing_fits(problem))
+            raise _NothingFits(self._nothing_fits(problem))
         self._predicted = solution.peak_bytes
         self._use(chunk_plans(problem, solution))
         assert self._pipeline is not None
@@ -309,7 +310,7 @@ class Recomputation:
                 (stage, n): count for stage, counts in enumerate(layers) for n, count in enumerate(counts)
             }
             plan = load_plan(self._config.plan.load, chunks)
-            plans = [plan.chunks[_stage(), number] for number in range(len(self._loops))]
+            plans = [plan.chunks[own_stage(), number] for number in range(len(self._loops))]
             for block, chunk in zip(self._loops, plans, strict=True):
                 check_plan(chunk, block.layers, self._config.plan.load)
             self._use(plans)
@@ -318,7 +319,7 @@ class Recomputation:
             counts = layers_recomputed(
                 self._config.policy, self._config.ratio or 0.0, windows, [sum(counts) for counts in layers]
             )
-            self._use(spread(counts[_stage()], [len(block.layers) for block in self._loops]))
+            self._use(spread(counts[own_stage()], [len(block.layers) for block in self._loops]))
         self._story.plan_of_rule(self._pipeline, self.plans, self._held.limit())
 
     def _use(self, plans: Sequence[ChunkPlan]) -> None:
@@ -342,7 +343,7 @@ class Recomputation:
             self._static = static
         return problem_of(
             self._pipeline,
-            _stage(),
+            own_stage(),
             [self._measurements.classes_of(block) for block in self._loops],
             self._measurements.layer_classes(self._largest, saved_only=saved_only),
             outside,
@@ -355,7 +356,7 @@ class Recomputation:
         needed = human_bytes(least_peak(problem))
         assert self._largest is not None
         return (
-            f"megatron_ext.recompute: stage {_stage()} needs {needed} with every layer recomputed "
+            f"megatron_ext.recompute: stage {own_stage()} needs {needed} with every layer recomputed "
             f"({human_bytes(problem.static_bytes)} of it weights, gradients and optimizer states) for micro-batches of "
             f"{self._largest.batch} x {self._largest.length} tokens, but megatron_ext.memory allows "
             f"{human_bytes(problem.limit_bytes)}; give it {needed} or more, or use smaller micro-batches, shorter "
@@ -380,7 +381,7 @@ class Recomputation:
             logger.warning(
                 "megatron_ext: stage %d held %s, %s more than megatron_ext.memory allows; policy %s does not look at "
                 "memory, stage_aware does",
-                _stage(), human_bytes(measured), human_bytes(over), self._config.policy,
+                own_stage(), human_bytes(measured), human_bytes(over), self._config.policy,
             )  # fmt: skip
 
     def _predicted_saved(self) -> int | None:
@@ -390,33 +391,6 @@ class Recomputation:
         return peak_in_order(self._problem(saved_only=True), options, fraction_of(self.plans))
 
 
-def _opens_more(before: Pipeline, after: Pipeline) -> bool:
-    """Whether a chunk of this stage would hold more micro-batches at once."""
-    if before == after:
-        return False
-    pairs = zip(open_counts(before, _stage()), open_counts(after, _stage()), strict=True)
-    return any(held < would for held, would in pairs)
-
-
-def _stage() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_rank()
-
-
-def _pipeline(micro_batches: int, config: Any) -> Pipeline:
-    from megatron.core import parallel_state
-
-    chunks = _chunks()
-    return Pipeline(
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        micro_batches,
-        chunks,
-        getattr(config, "microbatch_group_size_per_vp_stage", None) if chunks > 1 else None,
-    )
-
-
-def _chunks() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+def _everything(block: nn.Module) -> ChunkPlan:
+    """Every layer recomputed in full: the safest there is."""
+    return first_layers(len(block.layers), len(block.layers))

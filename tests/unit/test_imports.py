@@ -181,6 +181,7 @@ ORDER = """
 
     megatron_ext.recompute
     megatron_ext.recompute.schedule
+    megatron_ext.recompute.running_pipeline
     megatron_ext.recompute.timeline
     megatron_ext.recompute.layout_advice
     megatron_ext.recompute.stage_memory

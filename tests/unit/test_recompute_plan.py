@@ -247,3 +247,9 @@ def test_what_is_no_plan_is_refused(tmp_path, content, message):
 def test_folder_is_refused_as_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); name a plan"):
         load_plan(tmp_path, LAYERS)
+
+
+def test_layer_that_shares_its_choice_is_not_always_recomputed():
+    assert ChunkPlan((FULL, NONE, "mlp")).always_in_full() == [True, False, False]
+    assert ChunkPlan((FULL, FULL), Share(1, NONE, 1, 2)).always_in_full() == [True, False]
+    assert ChunkPlan((NONE, NONE), Share(0, FULL, 1, 2)).always_in_full() == [False, False]
