@@ -26,8 +26,8 @@ def install_block(module: ModuleType) -> None:
 
 
 def install_gpt(module: ModuleType) -> None:
-    """Wrap ``GPTModel.__init__``: it alone knows how many logits its last stage computes."""
-    _after_init(module.GPTModel, _tell_vocabulary)
+    """Wrap ``GPTModel.__init__``: it alone knows what is outside of its block, and how many logits it computes."""
+    _after_init(module.GPTModel, _tell_of)
 
 
 def install_schedules(module: ModuleType) -> None:
@@ -102,12 +102,12 @@ def _adopt(block: Any, _kwargs: dict[str, Any]) -> None:
         found.adopt(block)
 
 
-def _tell_vocabulary(model: Any, _kwargs: dict[str, Any]) -> None:
+def _tell_of(model: Any, _kwargs: dict[str, Any]) -> None:
     from . import job
 
     found = job.current()
     if found is not None:
-        job.tell_vocabulary(found, model)
+        job.tell_of(found, model)
 
 
 def _join_engine(engine: Any, kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,7 @@ from . import compat
 from .board import Board
 from .config import MegatronExtConfig, parse_block
 from .locate import Located, locate
+from .rank_memory import RankMemory
 from .recompute.recomputation import Recomputation
 from .sequence_parallel import switch
 from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
@@ -43,6 +45,7 @@ class Job:
         self.config: MegatronExtConfig = parse_block(located.block)
         self.telemetry = Telemetry(self.config.log, is_writer=_rank() == 0)
         self._number = next(_numbers)
+        self.memory = RankMemory(self.config.memory, _ranks_on_node())
         self.recomputation = self._recomputation()
         self._policies: dict[nn.Module, BlockPolicy] = {}
         self._stopwatch = Stopwatch()
@@ -57,6 +60,7 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        self.memory.add(block)
         self._adopt_strategies(block)
         if self.recomputation is not None:
             compat.check()
@@ -68,9 +72,10 @@ class Job:
             self.adopt(block)
         from megatron.core.models.gpt.gpt_model import GPTModel
 
+        self.memory.add(model)
         for module in model.modules():
             if isinstance(module, GPTModel):
-                tell_vocabulary(self, module)
+                tell_of(self, module)
 
     def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
@@ -111,35 +116,28 @@ class Job:
         self.telemetry.close()
 
     def _surroundings(self, block: nn.Module) -> Surroundings:
-        from ds_grass.agreement import ranks_on_node
-
         return Surroundings(
-            self.config,
-            self.telemetry,
-            self._board(block),
-            ranks_on_node() or dist.get_world_size(),
-            self._layers_recomputed,
+            self.config, self.telemetry, self._board(block), self.memory, self._layers_recomputed
         )
 
     def _layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
         return None if self.recomputation is None else self.recomputation.layers_recomputed(block)
 
     def _recomputation(self) -> Recomputation | None:
-        from ds_grass.agreement import ranks_on_node
-
         settings = self.config.recompute
         if settings is None or not settings.enabled:
             return None
-        ranks = ranks_on_node() or (dist.get_world_size() if dist.is_initialized() else 1)
-        return Recomputation(
-            settings, self.config.memory, self.telemetry, ranks, f"megatron_ext/{self._number}"
-        )
+        return Recomputation(settings, self.memory, self.telemetry, f"megatron_ext/{self._number}")
 
-    def step(self, micro_batches: int) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def step(self, micro_batches: int) -> Iterator[None]:
         """Around one training step that Megatron-core's schedule runs on this rank."""
-        if self.recomputation is None or not self.recomputation.plans:
-            return contextlib.nullcontext()
-        return self.recomputation.step(micro_batches)
+        with self.memory.step():
+            if self.recomputation is None or not self.recomputation.plans:
+                yield
+            else:
+                with self.recomputation.step(micro_batches):
+                    yield
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Around a pass of the schedule that runs nothing backward."""
@@ -175,13 +173,10 @@ class Job:
     def _start_facts(self, block: nn.Module, policy: BlockPolicy) -> StartFacts:
         from megatron.core import parallel_state
 
-        from .sequence_parallel.budget import limit_of
-
         refused = policy.refused()
         settings = self.config.sequence_parallel
         wanted = [settings.strategy] if settings.strategy else settings.strategies
         source = settings.cost_model.load or ("none" if settings.strategy else "a profile at start")
-        surroundings = self._surroundings(block)
         return StartFacts(
             source=str(self.located),
             config=self.config.model_dump(mode="json"),
@@ -193,9 +188,7 @@ class Job:
             num_layers=len(block.layers),
             allowed=tuple(name for name in wanted if name not in refused),
             refused=refused,
-            limit_bytes=limit_of(
-                self.config.memory, next(block.parameters()).device, surroundings.ranks_on_node
-            ),
+            limit_bytes=self.memory.limit(),
             cost_model=f"{settings.cost_model.kind}, from {source}",
         )
 
@@ -274,8 +267,9 @@ def remove() -> None:
         job.close()
 
 
-def tell_vocabulary(found: Job, model: nn.Module) -> None:
-    """What only a GPTModel knows: how many logits its last stage computes."""
+def tell_of(found: Job, model: nn.Module) -> None:
+    """What only a GPTModel knows: weights outside of the block, and how many logits its last stage computes."""
+    found.memory.add(model)
     if model.post_process and hasattr(model, "decoder"):
         found.set_vocabulary(model.decoder, model.vocab_size)
 
@@ -321,6 +315,12 @@ def _versions() -> dict[str, str]:
     from ds_grass import __version__
 
     return {"ds-grass": __version__, "torch": torch.__version__, "megatron-core": version("megatron-core")}
+
+
+def _ranks_on_node() -> int:
+    from ds_grass.agreement import ranks_on_node
+
+    return ranks_on_node() or (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def _rank() -> int:

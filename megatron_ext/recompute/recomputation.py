@@ -21,14 +21,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ds_grass.telemetry.human import human_bytes
 
 from ..board import Board
-from ..config import MemoryConfig, RecomputeConfig
-from ..sequence_parallel import budget
+from ..config import RecomputeConfig
+from ..rank_memory import RankMemory, bytes_by_parameter
 from ..sequence_parallel.switch import group_of
 from ..telemetry import Telemetry
 from . import layer_loop
@@ -64,15 +63,14 @@ class Recomputation:
     def __init__(
         self,
         config: RecomputeConfig,
-        memory: MemoryConfig,
+        memory: RankMemory,
         telemetry: Telemetry,
-        ranks_on_node: int,
         name: str,
     ):
-        """`name`: of the job, equal on all ranks."""
+        """`memory` is told of steps and blocks by the job; `name`: of the job, equal on all ranks."""
         self._config = config
         self._loops: dict[nn.Module, LayerLoop] = {}
-        self._held = Held(self._loops, memory, ranks_on_node)
+        self._held = Held(self._loops, memory)
         self._board: Board | None = None
         self._measurements = Measurements(self._loops, config.modules, telemetry)
         self._story = Storyteller(config, telemetry, name)
@@ -172,21 +170,20 @@ class Recomputation:
             self._pipeline = pipeline
         if self.is_measured:
             self._notice_what_trains()
-        with self._held.step():
-            if self._probing or more:
-                if not self.is_measured:
-                    self._follow_rule()
-                elif self._measurements:
-                    self._make_plan()
-            elif self._frozen and self.is_measured and self._held.counts_everything:
-                self._look_again()
-            watching = not self._frozen
-            if not watching:
-                self.own_seconds += time.perf_counter() - start
-            with self._held.watched() if watching else self._noticing_peaks():
-                yield
-            if watching and not self._probing:
-                self._verify()
+        if self._probing or more:
+            if not self.is_measured:
+                self._follow_rule()
+            elif self._measurements:
+                self._make_plan()
+        elif self._frozen and self.is_measured and self._held.counts_everything:
+            self._look_again()
+        watching = not self._frozen
+        if not watching:
+            self.own_seconds += time.perf_counter() - start
+        with self._held.watched() if watching else self._noticing_peaks():
+            yield
+        if watching and not self._probing:
+            self._verify()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -296,7 +293,7 @@ class Recomputation:
             solution,
             layers,
             outside,
-            budget.static_bytes(self._held.block.layers[0], torch.device("cpu")),  # counted by parameter
+            bytes_by_parameter(self._held.block.layers[0].parameters()),
             self._largest,
             solved_in,
         )

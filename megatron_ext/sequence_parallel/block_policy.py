@@ -21,6 +21,7 @@ from ds_grass.telemetry.human import human_bytes
 
 from ..board import Board
 from ..config import MegatronExtConfig
+from ..rank_memory import RankMemory
 from ..telemetry import Telemetry
 from . import budget
 from .known_costs import KnownCosts
@@ -34,6 +35,12 @@ from .switch import BlockSwitch
 
 logger = logging.getLogger("megatron_ext")
 
+OFTEN, SELDOM = 32, 100
+"""After each of the first steps the device is asked again what it holds, then after each hundredth."""
+
+CHANGED = 1.01
+"""Times the budget: with less of a change plans stay."""
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -42,7 +49,7 @@ class Surroundings:
     config: MegatronExtConfig
     telemetry: Telemetry
     board: Board
-    ranks_on_node: int
+    memory: RankMemory
     recomputed: Callable[[nn.Module], tuple[int, ...] | None] = lambda _block: None
     """As :func:`.recomputed.layers_together`, of a block that is recomputed by plan; None of one that is not."""
 
@@ -60,6 +67,8 @@ class BlockPolicy:
         self._together: tuple[int, ...] = ()
         """What plans were made for, as :func:`.recomputed.layers_together` has it."""
         self._seen: set[tuple[int, int, tuple[str, ...]]] = set()
+        self._looked_at = 0
+        """Steps that had ended when memory was measured last."""
         self.vocabulary = 0
         """Of the whole tensor-parallel group, 0 where the block's stage has none."""
 
@@ -83,6 +92,8 @@ class BlockPolicy:
             self._prepare(batch, length)
         assert self._planner is not None
         assert self._costs is not None
+        if self._surroundings.memory.steps_ended != self._looked_at:
+            self._look_again()
         if batch * length > self._costs.reach:
             self._profile_also(batch, length)
         elif self._layers_together() != self._together:  # another plan of what is recomputed
@@ -137,25 +148,49 @@ class BlockPolicy:
         one_of_each = {shape: (self._shapes.index(shape), self._able(shape)) for shape in shapes}
         self._ready_to_profile("the first micro-batch", batch, length)
         self._costs = KnownCosts(self._config, self._surroundings.telemetry, switch, one_of_each)
-        self._costs.start(batch, length)
-        measured = budget.measure(
-            switch.block, self._surroundings.config.memory, self._surroundings.ranks_on_node
-        )
-        # Ranks may measure a few bytes more or less; the least is everybody's.
-        least = torch.tensor([measured.activation_bytes], device=next(switch.block.parameters()).device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=switch.group)
-        self._plan_with(int(least.item()))
+        with self._surroundings.memory.stays():
+            self._costs.start(batch, length)
+        self._looked_at = self._surroundings.memory.steps_ended
+        self._plan_with(self._tell_budget(self._measured_budget()))
+
+    def _look_again(self) -> None:
+        """What a device holds is known better when the first step has made the optimizer's states, and may grow when
+        steps that overflowed delayed them."""
         assert self._planner is not None
-        self._surroundings.telemetry.log.write(
-            "budget", **asdict(measured), planned_bytes=self._planner.budget_bytes
-        )
+        assert self._switch is not None
+        memory = self._surroundings.memory
+        self._looked_at = memory.steps_ended
+        if not memory.device_counts or (self._looked_at > OFTEN and self._looked_at % SELDOM):
+            return
+        before = self._planner.budget_bytes
+        measured = self._measured_budget()
+        # Recomputation has planned with all that these strategies leave.
+        can_grow = self._surroundings.recomputed(self._switch.block) is None
+        if measured[1] < before / CHANGED or (can_grow and measured[1] > before * CHANGED):
+            self._plan_with(self._tell_budget(measured))
+
+    def _measured_budget(self) -> tuple[budget.Budget, int]:
+        """This rank's, and the bytes for activations that all ranks of the group have."""
+        assert self._switch is not None
+        measured = budget.measure(self._surroundings.memory, self._switch.block.config)
+        # Ranks may measure a few bytes more or less; the least is everybody's.
+        device = self._surroundings.memory.device
+        least = torch.tensor([measured.activation_bytes], device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._switch.group)
+        return measured, int(least.item())
+
+    def _tell_budget(self, measured: tuple[budget.Budget, int]) -> int:
+        own, planned_bytes = measured
+        self._surroundings.telemetry.log.write("budget", **asdict(own), planned_bytes=planned_bytes)
+        return planned_bytes
 
     def _profile_also(self, batch: int, length: int) -> None:
         """What is planned from now on follows from this size, too."""
         assert self._planner is not None
         assert self._costs is not None
         self._ready_to_profile(f"a profile of {batch} x {length} tokens", batch, length)
-        self._costs.extend(batch, length, self._planner.budget_bytes)
+        with self._surroundings.memory.stays():
+            self._costs.extend(batch, length, self._planner.budget_bytes)
         self._plan_with(self._planner.budget_bytes)
 
     def _ready_to_profile(self, what: str, batch: int, length: int) -> None:

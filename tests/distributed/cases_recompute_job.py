@@ -180,18 +180,12 @@ def longer_sequences_and_more_micro_batches_are_planned_for(ctx: Context, groups
 @case(ranks=(2,))
 def ranks_that_may_hold_different_bytes_plan_alike(ctx: Context) -> dict:
     """Two ranks of a tensor-parallel group recompute together, so the least limit of them is everybody's."""
-    from megatron_ext.sequence_parallel import budget
-
     gpt = GPT(layers=8, hidden=64, ffn=256, length=64)
     batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(2)]
-    limit_of, limits = budget.limit_of, (9_000_000, 8_000_000)
-    budget.limit_of = lambda *_: limits[ctx.rank]
-    try:
-        with megatron_models.parallel_state(tp=2), applied(ctx, {}, "1GB"):
-            losses, _ = _steps(gpt, batches)
-            plan = job.running().recomputation.stage_plan
-    finally:
-        budget.limit_of = limit_of
+    limits = (9_000_000, 8_000_000)
+    with megatron_models.parallel_state(tp=2), applied(ctx, {}, limits[ctx.rank]):
+        losses, _ = _steps(gpt, batches)
+        plan = job.running().recomputation.stage_plan
     assert plan.frozen
     assert plan.limit_bytes == min(limits)
     assert 0 < plan.chunks[0]["layers"].count("none") < 8, plan
@@ -205,13 +199,13 @@ def ranks_that_may_hold_different_bytes_plan_alike(ctx: Context) -> dict:
 def late_states_and_steps_over_the_limit_are_planned_for(ctx: Context) -> dict:
     """What a device would count is pretended: optimizer states come late, then one rank goes over in a frozen step."""
     from megatron_ext import device_peak
-    from megatron_ext.recompute.held import Held
+    from megatron_ext.rank_memory import RankMemory
 
     gpt = GPT(layers=8, hidden=64, ffn=256, length=64)
     batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(2)]
     said, spent = {"allocated": 1_000_000, "peak": 0}, []
     with pytest.MonkeyPatch.context() as patch, megatron_models.parallel_state(tp=2):
-        patch.setattr(Held, "counts_everything", True)
+        patch.setattr(RankMemory, "device_counts", True)
         patch.setattr(torch.cuda, "memory_allocated", lambda _device: said["allocated"])
         patch.setattr(device_peak, "watch", lambda _device: None)
         patch.setattr(device_peak, "peak_bytes", lambda _device: said["peak"])

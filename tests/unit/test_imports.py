@@ -128,6 +128,7 @@ ORDER = """
     megatron_ext.board
     megatron_ext.in_flight
     megatron_ext.device_peak
+    megatron_ext.rank_memory
     megatron_ext.telemetry
 
     megatron_ext.sequence_parallel.layout
