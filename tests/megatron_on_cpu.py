@@ -75,10 +75,12 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if str(kwargs.get("device")).startswith("cuda"):
+        if not kwargs:
+            return func(*args)
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
             kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)
 

@@ -178,8 +178,9 @@ def assert_plans_equal_the_plain_gpt(
     expected, exact = plain_gpt.loss_and_gradients(gpt, plain_gpt.full_weights(gpt), batches)
     errors = {}
     with megatron_models.parallel_state(tp=ranks):
+        chunks = megatron_models.build(gpt, **RECOMPUTE[recompute])
         for names in plans:
-            chunks = megatron_models.build(gpt, **RECOMPUTE[recompute])
+            chunks[0].zero_grad()
             with planned(chunks, names) as ran:
                 losses = megatron_models.forward_backward(chunks, batches)
             assert len(ran) == len(batches)
