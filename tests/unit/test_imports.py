@@ -195,6 +195,7 @@ ORDER = """
     megatron_ext.recompute.layer_loop
     megatron_ext.recompute.layer_classes
     megatron_ext.recompute.refusals
+    megatron_ext.recompute.expert_state
     megatron_ext.recompute.probe
     megatron_ext.recompute.sizes
     megatron_ext.recompute.stage
