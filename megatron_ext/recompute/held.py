@@ -18,7 +18,7 @@ from .. import device_peak
 from ..config import MemoryConfig
 from ..saved_bytes import SavedBytes, place_of
 from ..sequence_parallel import budget
-from ..sequence_parallel.switch import group_of
+from .planning_group import planning_group
 
 
 class Held:
@@ -129,8 +129,8 @@ class Held:
         return self.static() + self._saved_peak
 
     def most_of_group(self, *numbers: int) -> list[int]:
-        """The largest of each, the same on all ranks of the tensor-parallel group."""
-        group = group_of(self.block)
+        """The largest of each, the same on all ranks that hold one plan."""
+        group = planning_group(self.block)
         if group.size() == 1:
             return list(numbers)
         most = torch.tensor(numbers, device=self.device)
