@@ -24,6 +24,7 @@ from .board import Board
 from .config import MegatronExtConfig, parse_block
 from .locate import Located, locate
 from .rank_memory import RankMemory
+from .recompute.planning_group import planning_group
 from .recompute.recomputation import Recomputation
 from .sequence_parallel import switch
 from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
@@ -64,7 +65,7 @@ class Job:
         self._adopt_strategies(block)
         if self.recomputation is not None:
             compat.check()
-            self.recomputation.adopt(block, self._board(block, "recompute"))
+            self.recomputation.adopt(block, self._board(block, "recompute", planning_group(block)))
 
     def adopt_model(self, model: nn.Module) -> None:
         """The same for all blocks of a model that is built already."""
@@ -153,10 +154,11 @@ class Job:
         if self.recomputation is not None:
             self.recomputation.forward_ended()
 
-    def _board(self, block: nn.Module, what: str = "strategies") -> Board:
+    def _board(self, block: nn.Module, what: str = "strategies", group: Any = None) -> Board:
+        """`group`: whose ranks tell each other, the tensor-parallel one where it is None."""
         from ds_grass.agreement import default_store
 
-        ranks = dist.get_process_group_ranks(switch.group_of(block))
+        ranks = dist.get_process_group_ranks(group or switch.group_of(block))
         place = len(self._policies)
         return Board(
             default_store(), ranks, _rank(), f"megatron_ext/{self._number}/{what}/{ranks[0]}/{place}"

@@ -3,7 +3,7 @@
 Contract: inside `parallel_state(...)`, `build` gives this rank's model chunks for a `plain_gpt.GPT`, `forward_backward`
 runs micro-batches through Megatron's own schedule, and `gather_gradients` gives every rank the unsharded gradients
 under the names of `plain_gpt`: so any split is compared with `plain_gpt.loss_and_gradients`, or with another split.
-Megatron-core is imported inside functions only. Not covered: tied embeddings, experts, Transformer Engine.
+Megatron-core is imported inside functions only. Not covered: tied embeddings, experts (spread_models.py), TE.
 """
 
 from __future__ import annotations
@@ -32,17 +32,22 @@ GROUP_TIMEOUT_MINUTES = 1
 
 
 @contextlib.contextmanager
-def parallel_state(tp: int = 1, pp: int = 1, vpp: int | None = None, *, seed: int = 1) -> Iterator[None]:
+def parallel_state(
+    tp: int = 1, pp: int = 1, vpp: int | None = None, *, seed: int = 1, **more: int
+) -> Iterator[None]:
     """Megatron-core on the CPU with these groups over the ranks that are there; the rest is data parallel.
 
-    `seed` is of the random states that dropout draws from. At the end the groups are closed, not only forgotten.
+    `seed` is of the random states that dropout draws from; `more` are arguments of initialize_model_parallel. At the
+    end the groups are closed, not only forgotten.
     """
     with on_cpu():
         from megatron.core import parallel_state as state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         before = set(_groups())
-        state.initialize_model_parallel(tp, pp, vpp, distributed_timeout_minutes=GROUP_TIMEOUT_MINUTES)
+        state.initialize_model_parallel(
+            tp, pp, vpp, distributed_timeout_minutes=GROUP_TIMEOUT_MINUTES, **more
+        )
         try:
             model_parallel_cuda_manual_seed(seed)
             yield

@@ -7,7 +7,7 @@ On a GPU the device counts the most that was allocated. On a CPU nothing does, s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from .. import device_peak
 from ..rank_memory import RankMemory
 from ..saved_bytes import SavedBytes, place_of
-from ..sequence_parallel.switch import group_of
+from .planning_group import planning_group
 
 
 class Held:
@@ -27,8 +27,6 @@ class Held:
         self._blocks, self._memory = blocks, memory
         self._saved_peak = 0
         self._saved: SavedBytes | None = None
-        self.limit, self.static = memory.limit, memory.static
-        self.step, self.stays = memory.step, memory.stays
         self.is_watching = False
 
     @property
@@ -44,6 +42,18 @@ class Held:
     def counts_everything(self) -> bool:
         """Whether `peak` has transients in it, too."""
         return self._memory.device_counts
+
+    def limit(self) -> int:
+        """What the rank may hold."""
+        return self._memory.limit()
+
+    def static(self) -> int:
+        """What is there anyway."""
+        return self._memory.static()
+
+    def stays(self) -> AbstractContextManager[None]:
+        """What is held inside and not let go of is there anyway from now on."""
+        return self._memory.stays()
 
     def activations(self) -> int:
         """Held by the micro-batches of the step that is being watched."""
@@ -80,8 +90,8 @@ class Held:
         return self.static() + self._saved_peak
 
     def most_of_group(self, *numbers: int) -> list[int]:
-        """The largest of each, the same on all ranks of the tensor-parallel group."""
-        group = group_of(self.block)
+        """The largest of each, the same on all ranks that hold one plan."""
+        group = planning_group(self.block)
         if group.size() == 1:
             return list(numbers)
         most = torch.tensor(numbers, device=self.device)

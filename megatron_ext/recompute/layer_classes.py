@@ -6,7 +6,7 @@ of them keep. A dense layer and one of experts, or one with another attention, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -44,6 +44,15 @@ def _settings(layer: nn.Module, attention: Any) -> tuple[Hashable, ...]:
     else:
         seen = bool(window)
     return str(kind), bool(skipped and skipped[number]), tuple(window) if window and seen else None
+
+
+def layers_that_train(blocks: Iterable[nn.Module]) -> tuple[bool, ...]:
+    """For each layer of these blocks, whether any of its weights is trained."""
+    return tuple(
+        any(parameter.requires_grad for parameter in layer.parameters())
+        for block in blocks
+        for layer in block.layers
+    )
 
 
 def allowed_modules(layer: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -64,6 +64,17 @@ class LayerLoop:
         for part, flags in self._before.values():
             for flag, value in flags.items():
                 setattr(part, flag, value)
+
+
+def counted(loops: Iterable[LayerLoop]) -> dict[str, dict[str, int]]:
+    """{choice: {"forward": layers, "recomputed": layers}} of all these."""
+    total: Counter[tuple[str, str]] = Counter()
+    for loop in loops:
+        total.update(loop.calls)
+    found: dict[str, dict[str, int]] = {}
+    for (phase, choice), calls in sorted(total.items()):
+        found.setdefault(choice, {"forward": 0, "recomputed": 0})[phase] = calls
+    return found
 
 
 def attach(block: nn.Module) -> LayerLoop:

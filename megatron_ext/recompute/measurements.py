@@ -1,8 +1,9 @@
 """What is known of this rank's blocks: of each class of layers, under each choice, and of what lies outside the layers.
 
-Contract: a class is measured once, at the size of the micro-batch that is waiting; all ranks of the tensor-parallel
-group measure together. Outside of layers is what a micro-batch keeps beside what its layers do (embedding, head, loss):
-counted when a chunk's first forward of a step that recomputes everything has ended.
+Contract: a class is measured once, at the size of the micro-batch that is waiting; all ranks that hold one plan measure
+together, and where their micro-batches differ, what is known is of a size that covers them all. Outside of layers is
+what a micro-batch keeps beside what its layers do (embedding, head, loss): counted when a chunk's first forward of a
+step that recomputes everything has ended.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ..telemetry import Telemetry
 from .layer_classes import allowed_modules, choices, signature
 from .layer_loop import LayerLoop
 from .plan import FULL, NONE
-from .probe import Measured, measure_layer
+from .planning_group import planning_group
+from .probe import Measured, measure_layer, most_of_group
 from .sizes import Size
 from .stage import Known, layer_class
 from .stage_memory import LayerClass
@@ -47,46 +49,78 @@ class Measurements:
         self._outside_seconds: dict[nn.Module, float] = {}
         self._began: tuple[float, tuple[int, ...]] = 0.0, ()
         self.size: Size | None = None
-        """Of the micro-batch that all was measured at."""
+        """Of the micro-batch that was waiting on this rank."""
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def measure(self, arrived: nn.Module, hidden: Tensor, options: dict[str, Any], size: Size) -> None:
-        """Every class of layers that this rank has, in the place of the micro-batch that has arrived at one block."""
-        self.size = size
+    def layers(self, arrived: nn.Module) -> list[list[tuple[int, str]]]:
+        """Of each layer of each block its class, counted from 0, and the strategy that it runs now or will run."""
+        self._take_strategies(arrived)
+        known = {key: number for number, key in enumerate(self._known)}
+        return [
+            [(known.setdefault(key, len(known)), key[1]) for key in self.classes_of(block)]
+            for block in self._loops
+        ]
+
+    def _take_strategies(self, arrived: nn.Module) -> None:
         current = running_batch.current()
         names = (NATIVE,) * len(arrived.layers) if current is None else current.names
+        for block in self._loops:
+            self._strategies[block] = names if block is arrived else _stretched(names, len(block.layers))
+
+    def measure(
+        self,
+        arrived: nn.Module,
+        hidden: Tensor,
+        options: dict[str, Any],
+        size: Size,
+        largest: Size,
+        *,
+        is_made_up: bool = False,
+    ) -> None:
+        """Every class of layers that this rank has, in the place of the micro-batch that has arrived at one block.
+
+        `largest`: covers `size` and those of all other ranks that hold one plan; `is_made_up`: none of them has it, so
+        each rank scales what it measures to it.
+        """
+        self.size = size
+        self._take_strategies(arrived)
+        current = running_batch.current()
         # What is measured is not what the micro-batch counts as run.
         aside = None if current is None else replace(current, calls=Counter())
         for block in self._loops:
             here = block is arrived
-            self._strategies[block] = names if here else _stretched(names, len(block.layers))
             for layer, key in zip(block.layers, self.classes_of(block), strict=True):
                 if key in self._known:
                     continue
                 with running_batch.running(aside if here else None):
-                    rows = self._measured(layer, key[1], hidden, options, group_of(block))
-                self._known[key] = Known(tuple(rows), size, _shape(layer, group_of(block).size()), key[1])
+                    rows = self._measured(layer, key[1], hidden, options)
+                known = Known(tuple(rows), size, _shape(layer, group_of(block).size()), key[1])
+                most = most_of_group(
+                    known.at(largest) if is_made_up else rows, planning_group(block), hidden.device
+                )
+                self._known[key] = replace(known, measured=tuple(most), size=largest)
+                self._tell(layer, self._known[key])
         for loop in self._loops.values():
             loop.chosen.clear()  # measuring has set flags
 
     def _measured(
-        self, layer: nn.Module, strategy: str, hidden: Tensor, options: dict[str, Any], group: Any
+        self, layer: nn.Module, strategy: str, hidden: Tensor, options: dict[str, Any]
     ) -> list[Measured]:
         modules = allowed_modules(layer, self._modules)
         if strategy != NATIVE:  # another body than Megatron-core's, which has no core attention to run again
             modules = tuple(module for module in modules if module != "core_attn")
-        rows = measure_layer(layer, choices(modules), hidden, options, group)
-        assert self.size is not None
+        return measure_layer(layer, choices(modules), hidden, options, None)
+
+    def _tell(self, layer: nn.Module, known: Known) -> None:
         self._telemetry.log.write(
             "recompute_measured",
             layer=layer.layer_number,
-            strategy=strategy,
-            **asdict(self.size),
-            choices=[asdict(row) for row in rows],
+            strategy=known.strategy,
+            **asdict(known.size),
+            choices=[asdict(row) for row in known.measured],
         )
-        return rows
 
     def classes_of(self, block: nn.Module) -> list[Class]:
         """The class of each layer."""

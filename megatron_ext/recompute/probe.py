@@ -2,8 +2,8 @@
 
 One layer of each class runs forward and backward in the place of a micro-batch that is waiting: on random activations
 of that micro-batch's size, with its mask and its rotary angles, but with aliases of its weights that are nobody's
-parameters: no gradient, bucket or optimizer of the job is touched, and the random states are put back. All ranks of the
-tensor-parallel group take part, and the largest of what they measure is what all of them plan with.
+parameters: no gradient, bucket or optimizer of the job is touched, and the random states are put back. All ranks that
+hold one plan take part, and the largest of what they measure is what all of them plan with.
 
 Contract: what autograd saves is followed by storage, each once, without what is there anyway (weights, masks, tables);
 what is held for a moment is the allocator's count on a GPU, and followed operator by operator on a CPU
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..sequence_parallel import memory_probe
 from ..sequence_parallel.aliases import alias_of
-from .layer_loop import set_modules
+from . import expert_state
+from .layer_loop import has_experts, set_modules
 from .plan import FULL, NONE
 
 REPEATS = 3
@@ -57,6 +58,7 @@ def measure_layer(
     with (
         _states_put_back(hidden),
         _buffers_put_back(layer),
+        expert_state.put_back() if has_experts(layer) else nullcontext(),
         torch.inference_mode(False),
         torch.enable_grad(),
         _aliases(layer) as weights,
@@ -66,12 +68,24 @@ def measure_layer(
             run = _runner(layer, choice, options)
             kept, transient = memory_probe.measure(lambda x=x, run=run: run(x), x, [*weights, *there])
             forward, backward = _times(run, x)
-            worst = torch.tensor([kept, transient, forward, backward], dtype=torch.float64, device=x.device)
-            if group is not None and group.size() > 1:
-                dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
-            kept, transient, forward, backward = worst.tolist()
-            found.append(Measured(choice, forward, backward, int(kept), int(transient)))
+            found += most_of_group([Measured(choice, forward, backward, kept, transient)], group, x.device)
     return found
+
+
+def most_of_group(rows: Sequence[Measured], group: Any, device: torch.device) -> list[Measured]:
+    """Of each row's numbers the largest of all ranks of `group`, None being a group of one."""
+    if group is None or group.size() == 1:
+        return list(rows)
+    # kept and transient bytes, seconds forward and backward; fp64 holds bytes up to 8 PiB to the last one
+    numbers = [
+        [row.kept_bytes, row.transient_bytes, row.forward_seconds, row.backward_seconds] for row in rows
+    ]
+    most = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return [
+        Measured(row.choice, forward, backward, int(kept), int(transient))
+        for row, (kept, transient, forward, backward) in zip(rows, most.tolist(), strict=True)
+    ]
 
 
 def _runner(layer: nn.Module, choice: str, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,9 @@ At the start of the second step weights, gradients and optimizer states are ther
 open micro-batches the stage's problem is whole, and solved. That step is verified: what it held is compared with what
 was predicted, and with the limit. A plan that held is frozen; one that did not gets less memory, and is verified again.
 More micro-batches at once or longer sequences are planned for anew, from the same measurements. Where the device
-counts, so are optimizer states that come late and a frozen step that held more than the limit.
+counts, so are optimizer states that come late and a frozen step that held more than the limit. Where data-parallel
+ranks must hold one plan (:mod:`.planning_group`) they plan between steps only: until then a longer sequence runs under
+the plan that is there, which may not be enough for it.
 
 Policies that follow a rule, and plans read from a file, are not measured, only verified.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,16 +33,18 @@ from ..sequence_parallel.switch import group_of
 from ..telemetry import Telemetry
 from . import layer_loop
 from .held import Held
-from .layer_classes import allowed_modules
+from .largest_size import LargestSize
+from .layer_classes import allowed_modules, layers_that_train
 from .layer_loop import LayerLoop
 from .measurements import Measurements
-from .plan import ChunkPlan, load_plan
+from .plan import ChunkPlan
+from .planning_group import News, is_spread
 from .policies import layers_recomputed
-from .refusals import check_config, check_plan
+from .refusals import NothingFits, check_config, nothing_fits, plans_of_file
 from .running_pipeline import opens_more, own_chunks, own_stage, pipeline_of
 from .schedule import Pipeline, open_counts
 from .sizes import Size
-from .stage import chunk_plans, first_layers, fraction_of, least_peak, problem_of, spread
+from .stage import all_layers, chunk_plans, fraction_of, problem_of, spread
 from .stage_facts import StagePlan
 from .stage_memory import StageProblem
 from .stage_peak import peak_in_order, solve_in_order
@@ -51,10 +54,6 @@ logger = logging.getLogger("megatron_ext")
 
 _GREW = 1.01
 """Times the bytes that a plan counts as there anyway: with more, it is made anew."""
-
-
-class _NothingFits(ValueError):
-    """Even with everything recomputed the limit is exceeded."""
 
 
 class Recomputation:
@@ -75,8 +74,9 @@ class Recomputation:
         self._measurements = Measurements(self._loops, config.modules, telemetry)
         self._story = Storyteller(config, telemetry, name)
         self._pipeline: Pipeline | None = None
-        self._largest: Size | None = None
-        """Of all micro-batches so far; plans are for this one."""
+        self._sizes = LargestSize()
+        self._is_wide = False
+        """Whether plans are made between steps only, by all data-parallel ranks together."""
         self._predicted: int | None = None
         self._static = 0
         """Weights, gradients and optimizer states that the plan counts with."""
@@ -114,13 +114,7 @@ class Recomputation:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """{choice: {"forward": layers, "recomputed": layers}} on this rank."""
-        total: Counter[tuple[str, str]] = Counter()
-        for loop in self._loops.values():
-            total.update(loop.calls)
-        found: dict[str, dict[str, int]] = {}
-        for (phase, choice), calls in sorted(total.items()):
-            found.setdefault(choice, {"forward": 0, "recomputed": 0})[phase] = calls
-        return found
+        return layer_loop.counted(self._loops.values())
 
     def layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
         """1 for each layer that runs again in full in every micro-batch, 0 for the others; None of another's block."""
@@ -136,13 +130,14 @@ class Recomputation:
                 "megatron_ext: recompute plans the first model of a job; another one's blocks stay as they are"
             )
             return
-        check_config(block.config, is_measured=self.is_measured)
+        check_config(block.config)
         for layer in block.layers:
             allowed_modules(layer, self._config.modules)
         loop = layer_loop.attach(block)
-        loop.plan = _everything(block)
+        loop.plan = all_layers(len(block.layers))
         loop.arrived = self._arrived
         self._loops[block], self._board = loop, board
+        self._is_wide = self.is_measured and is_spread(block.config)
 
     def close(self) -> None:
         """Give all blocks back."""
@@ -164,19 +159,21 @@ class Recomputation:
             )
             yield
             return
-        pipeline = pipeline_of(micro_batches, self._held.block.config)
+        news = self._news(micro_batches)
+        grew = self._sizes.grow(news.waiting)
+        pipeline = pipeline_of(news.micro_batches, self._held.block.config)
         more = self._pipeline is not None and opens_more(self._pipeline, pipeline)
         if self._pipeline is None or more:
             self._pipeline = pipeline
-        if self.is_measured:
-            self._notice_what_trains()
-        if self._probing or more:
+        if news.trains_others:
+            self._measure_anew()
+        if self._probing or more or grew:
             if not self.is_measured:
                 self._follow_rule()
             elif self._measurements:
                 self._make_plan()
-        elif self._frozen and self.is_measured and self._held.counts_everything:
-            self._look_again()
+        elif self._looks_again:
+            self._look_again(news)
         watching = not self._frozen
         if not watching:
             self.own_seconds += time.perf_counter() - start
@@ -206,18 +203,33 @@ class Recomputation:
         if self._held.is_watching and self._measurements and self._probing:
             self._measurements.forward_ended(self._held.device, self._held.activations())
 
-    def _look_again(self) -> None:
+    @property
+    def _looks_again(self) -> bool:
+        """Whether a frozen plan is still looked at when a step begins."""
+        return self._frozen and self.is_measured and self._held.counts_everything
+
+    def _news(self, micro_batches: int) -> News:
+        """What may ask for another plan: of all ranks where that takes nothing more, in a wide group, else of this."""
+        if not self.is_measured:
+            return News(micro_batches)
+        static, over = (self._held.static(), self._over) if self._looks_again else (0, 0)
+        own = News(micro_batches, self._sizes.waiting, self._trains_others(), static, over)
+        return own.of_all(self._held.most_of_group) if self._is_wide else own
+
+    def _look_again(self, news: News) -> None:
         """Optimizer states may be made late, after steps that overflowed; and a frozen step may have gone over."""
-        static, over = self._held.most_of_group(self._held.static(), self._over)
+        static, over = news.static_bytes, news.over_bytes
+        if not self._is_wide:
+            static, over = self._held.most_of_group(static, over)
         self._over = 0
         if not over and static <= _GREW * self._static:
             return
         self._less += over
         try:
             self._make_plan()
-        except _NothingFits as error:  # so far it has run, so it may go on
+        except NothingFits as error:  # so far it has run, so it may go on
             logger.warning("%s; until then every layer is recomputed", error)
-            self._use([_everything(block) for block in self._loops])
+            self._use([all_layers(len(block.layers)) for block in self._loops])
             self._frozen = True
 
     @contextmanager
@@ -232,35 +244,34 @@ class Recomputation:
         peak = self._held.peak()
         self._over = max(0, peak - self._held.limit()) if peak > before else 0
 
-    def _notice_what_trains(self) -> None:
-        """Weights that were frozen or freed since: layers keep other bytes, and are measured anew."""
-        trains = tuple(
-            any(parameter.requires_grad for parameter in layer.parameters())
-            for block in self._loops
-            for layer in block.layers
-        )
-        if self._trains and trains != self._trains:
-            self._probing, self._frozen, self._largest = True, False, None
-            self._measurements.forget()
-            for block, loop in self._loops.items():
-                loop.plan, loop.number = _everything(block), 0
-        self._trains = trains
+    def _trains_others(self) -> bool:
+        """Whether weights were frozen or freed since."""
+        before, self._trains = self._trains, layers_that_train(self._loops)
+        return bool(before) and before != self._trains
+
+    def _measure_anew(self) -> None:
+        """Layers keep other bytes than those that were measured."""
+        self._probing, self._frozen = True, False
+        self._sizes.forget()
+        self._measurements.forget()
+        for block, loop in self._loops.items():
+            loop.plan, loop.number = all_layers(len(block.layers)), 0
 
     def _arrived(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
         """A micro-batch: nothing to do but for the first, and for one that is larger than all before."""
         cut = group_of(block).size() if block.config.sequence_parallel else 1
         size = Size(hidden.shape[1], hidden.shape[0] * cut)
-        largest = self._largest
-        if largest is not None and largest.covers(size):
+        if self._sizes.covers(size):
             return
-        self._largest = size if largest is None else largest.joined(size)
+        is_first = self._sizes.largest is None
+        if self._is_wide and not is_first:
+            self._sizes.wait(size, is_planned=not self._probing)
+            return
+        self._sizes.grow(size)
         if not self.is_measured:
             return
-        if largest is None:
-            assert self._board is not None
-            self._board.compare("the size that layers are measured at", asdict(size))
-            with self._held.stays():
-                self._measurements.measure(block, hidden, options, size)
+        if is_first:
+            self._measure(block, hidden, options, size)
             if self._pipeline is None:  # a loop of the script's own, or an engine
                 logger.warning(
                     "megatron_ext: recompute sees no schedule of Megatron-core's, so it counts nothing outside of "
@@ -271,6 +282,20 @@ class Recomputation:
         elif not self._probing:
             self._make_plan()
 
+    def _measure(self, block: nn.Module, hidden: Tensor, options: dict[str, Any], size: Size) -> None:
+        """Of data-parallel ranks each measures its own first micro-batch, and all plan for one that covers them."""
+        assert self._board is not None
+        is_somebodys = True
+        if self._is_wide:
+            self._board.compare("the layers that are measured", self._measurements.layers(block))
+            is_somebodys = self._sizes.first(size, self._held.most_of_group)
+        else:
+            self._board.compare("the size that layers are measured at", asdict(size))
+        with self._held.stays():
+            self._measurements.measure(
+                block, hidden, options, size, self._sizes.planned, is_made_up=not is_somebodys
+            )
+
     # -- planning -------------------------------------------------------------------------------------------------
 
     def _make_plan(self) -> None:
@@ -279,13 +304,12 @@ class Recomputation:
         solution = solve_in_order(problem)
         solved_in = time.perf_counter() - start
         if not solution.fits:
-            raise _NothingFits(self._nothing_fits(problem))
+            raise NothingFits(nothing_fits(problem, own_stage(), self._sizes.planned))
         self._predicted = solution.peak_bytes
         self._use(chunk_plans(problem, solution))
         assert self._pipeline is not None
-        assert self._largest is not None
-        layers = [self._measurements.seconds(block, self._largest) for block in self._loops]
-        outside = [self._measurements.outside_seconds(block, self._largest) for block in self._loops]
+        layers = [self._measurements.seconds(block, self._sizes.planned) for block in self._loops]
+        outside = [self._measurements.outside_seconds(block, self._sizes.planned) for block in self._loops]
         self._story.measured_plan(
             self._pipeline,
             self.plans,
@@ -294,7 +318,7 @@ class Recomputation:
             layers,
             outside,
             bytes_by_parameter(self._held.block.layers[0].parameters()),
-            self._largest,
+            self._sizes.planned,
             solved_in,
         )
 
@@ -303,13 +327,7 @@ class Recomputation:
         assert self._pipeline is not None
         layers = self._story.layers_by_stage()
         if self._config.plan.load:
-            chunks = {
-                (stage, n): count for stage, counts in enumerate(layers) for n, count in enumerate(counts)
-            }
-            plan = load_plan(self._config.plan.load, chunks)
-            plans = [plan.chunks[own_stage(), number] for number in range(len(self._loops))]
-            for block, chunk in zip(self._loops, plans, strict=True):
-                check_plan(chunk, block.layers, self._config.plan.load)
+            plans = plans_of_file(self._config.plan.load, layers, own_stage(), self._loops)
             self._use(plans)
         else:
             windows = [sum(open_counts(self._pipeline, stage)) for stage in range(self._pipeline.stages)]
@@ -331,10 +349,9 @@ class Recomputation:
     def _problem(self, *, saved_only: bool = False) -> StageProblem:
         """`saved_only`: of transients, what recomputation saves once more."""
         assert self._pipeline is not None
-        assert self._largest is not None
         # Each rank sees its own device, and its own share of the host; the plan must be everybody's.
         static, of_limit, *outside = self._held.most_of_group(
-            self._held.static(), -self._held.limit(), *self._measurements.outside_bytes(self._largest)
+            self._held.static(), -self._held.limit(), *self._measurements.outside_bytes(self._sizes.planned)
         )
         if not saved_only:
             self._static = static
@@ -342,22 +359,11 @@ class Recomputation:
             self._pipeline,
             own_stage(),
             [self._measurements.classes_of(block) for block in self._loops],
-            self._measurements.layer_classes(self._largest, saved_only=saved_only),
+            self._measurements.layer_classes(self._sizes.planned, saved_only=saved_only),
             outside,
             static,
             -of_limit - self._less,
             saved_only=saved_only,
-        )
-
-    def _nothing_fits(self, problem: StageProblem) -> str:
-        needed = human_bytes(least_peak(problem))
-        assert self._largest is not None
-        return (
-            f"megatron_ext.recompute: stage {own_stage()} needs {needed} with every layer recomputed "
-            f"({human_bytes(problem.static_bytes)} of it weights, gradients and optimizer states) for micro-batches of "
-            f"{self._largest.batch} x {self._largest.length} tokens, but megatron_ext.memory allows "
-            f"{human_bytes(problem.limit_bytes)}; give it {needed} or more, or use smaller micro-batches, shorter "
-            "sequences, more pipeline stages or more tensor-parallel ranks"
         )
 
     # -- verifying ------------------------------------------------------------------------------------------------
@@ -386,8 +392,3 @@ class Recomputation:
             return None
         options = [list(plan.layers) for plan in self.plans]
         return peak_in_order(self._problem(saved_only=True), options, fraction_of(self.plans))
-
-
-def _everything(block: nn.Module) -> ChunkPlan:
-    """Every layer recomputed in full: the safest there is."""
-    return first_layers(len(block.layers), len(block.layers))

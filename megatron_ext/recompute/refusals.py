@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from ds_grass.telemetry.human import human_bytes
+
 from .layer_loop import obstacle
-from .plan import KEY, ChunkPlan, parse_choice
+from .plan import KEY, ChunkPlan, load_plan, parse_choice
+from .sizes import Size
+from .stage import least_peak
+from .stage_memory import StageProblem
 
 _KEYS = (
     "fp8",
@@ -16,30 +21,25 @@ _KEYS = (
     "cpu_offloading",
     "fine_grained_activation_offloading",
     "overlap_moe_expert_parallel_comm",  # runs parts of layers by itself, and no block
+    "hybrid_context_parallel",  # ranks of one stage run different numbers of sequences in a micro-batch
     "enable_cuda_graph",
     "external_cuda_graph",
     "cuda_graph_impl",
 )
-_SPREAD = ("context_parallel_size", "expert_model_parallel_size")
-"""So spread, a layer talks to ranks that plan by themselves, and would talk to them again in backward."""
 
 
-def check_config(config: Any, *, is_measured: bool) -> None:
-    """`config`: the model's TransformerConfig. `is_measured`: whether plans follow from what a rank measures."""
+class NothingFits(ValueError):
+    """Even with everything recomputed the limit is exceeded."""
+
+
+def check_config(config: Any) -> None:
+    """`config`: the model's TransformerConfig."""
     for key in _KEYS:
         given = getattr(config, key, None)
         if given and given != "none":
             raise ValueError(
                 f"megatron_ext.recompute cannot run layers under {key}, which the script's config sets to {given!r}; "
                 f'write "recompute": {{"enabled": false}}, or leave {key} out'
-            )
-    for key in _SPREAD if is_measured else ():
-        given = getattr(config, key, 1)
-        if given > 1:
-            raise ValueError(
-                'megatron_ext.recompute.policy is "stage_aware", which plans each tensor-parallel group by itself, but '
-                f"{key} is {given}: groups that recompute together would differ; allowed: 1, a policy that measures "
-                'nothing ("uniform", "level", "merak", "none"), or plan.load'
             )
 
 
@@ -55,3 +55,28 @@ def check_plan(plan: ChunkPlan, layers: Sequence[nn.Module], path: str) -> None:
                     f"{KEY} is {path!r}, which recomputes {module} of layer {layer.layer_number}, but {reason}; save a "
                     "new plan"
                 )
+
+
+def plans_of_file(
+    path: str, layers: Sequence[Sequence[int]], stage: int, blocks: Iterable[nn.Module]
+) -> list[ChunkPlan]:
+    """The plans that a file has for the blocks of `stage`; `layers`: how many each chunk of each stage has."""
+    chunks = {(place, n): count for place, counts in enumerate(layers) for n, count in enumerate(counts)}
+    plan = load_plan(path, chunks)
+    plans = []
+    for number, block in enumerate(blocks):
+        plans.append(plan.chunks[stage, number])
+        check_plan(plans[-1], block.layers, path)
+    return plans
+
+
+def nothing_fits(problem: StageProblem, stage: int, largest: Size) -> str:
+    """What a stage would need that exceeds its limit with everything recomputed; `largest`: planned for."""
+    needed = human_bytes(least_peak(problem))
+    return (
+        f"megatron_ext.recompute: stage {stage} needs {needed} with every layer recomputed "
+        f"({human_bytes(problem.static_bytes)} of it weights, gradients and optimizer states) for micro-batches of "
+        f"{largest.batch} x {largest.length} tokens, but megatron_ext.memory allows "
+        f"{human_bytes(problem.limit_bytes)}; give it {needed} or more, or use smaller micro-batches, shorter "
+        "sequences, more pipeline stages or more tensor-parallel ranks"
+    )

@@ -39,9 +39,14 @@ class Size:
         if self.covers(other) or other.covers(self):
             return self if self.covers(other) else other
         tokens, pairs = max(self.tokens, other.tokens), max(self.pairs, other.pairs)
+        return Size.covering(tokens, pairs, max(self.batch, other.batch))
+
+    @classmethod
+    def covering(cls, tokens: int, pairs: int, most_batch: int) -> Size:
+        """The least of so many tokens and pairs or more, in no more than `most_batch` sequences."""
         candidates = [
-            Size(batch, max(-(-tokens // batch), math.isqrt(-(-pairs // batch) - 1) + 1))
-            for batch in range(1, max(self.batch, other.batch) + 1)
+            cls(batch, max(-(-tokens // batch), math.isqrt(-(-pairs // batch) - 1) + 1))
+            for batch in range(1, most_batch + 1)
         ]
         return min(candidates, key=lambda size: (size.tokens, size.pairs))
 

@@ -149,6 +149,11 @@ def least_peak(problem: StageProblem) -> int:
     return least_in_order(problem).peak_bytes
 
 
+def all_layers(layers: int) -> ChunkPlan:
+    """Every layer recomputed in full: the safest there is."""
+    return first_layers(layers, layers)
+
+
 def first_layers(count: int, layers: int) -> ChunkPlan:
     """Megatron-core's own order: the first `count` of `layers` are recomputed in full."""
     return ChunkPlan((FULL,) * count + (NONE,) * (layers - count))

@@ -195,10 +195,13 @@ ORDER = """
     megatron_ext.recompute.plan
     megatron_ext.recompute.layer_loop
     megatron_ext.recompute.layer_classes
-    megatron_ext.recompute.refusals
+    megatron_ext.recompute.expert_state
     megatron_ext.recompute.probe
     megatron_ext.recompute.sizes
+    megatron_ext.recompute.planning_group
+    megatron_ext.recompute.largest_size
     megatron_ext.recompute.stage
+    megatron_ext.recompute.refusals
     megatron_ext.recompute.measurements
     megatron_ext.recompute.stage_facts
     megatron_ext.recompute.advice
