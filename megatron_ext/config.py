@@ -181,13 +181,15 @@ class RecomputeConfig(Block):
 
 
 class LogConfig(Block):
-    """The record of plans and of what they took, one JSON object a line, written by rank 0 of the world."""
+    """The record of plans and of what they took, one JSON object a line, written by the first rank of the first
+    pipeline stage that has layers: rank 0 of the world, but for a stage of only the embedding."""
 
     enabled: bool = key(True, "true or false")
     """Write the log."""
 
     path: FileName | None = key(None, "a file name or null", write='null or "megatron_ext.jsonl"')
-    """null: megatron_ext.jsonl in the working directory of rank 0. Without effect when `enabled` is false."""
+    """null: megatron_ext.jsonl in the working directory of the rank that writes. Without effect when `enabled` is
+    false."""
 
 
 class MegatronExtConfig(Block):

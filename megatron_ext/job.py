@@ -28,6 +28,7 @@ from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
 from .sequence_parallel.micro_batch import MicroBatch
 from .sequence_parallel.names import NATIVE
 from .sequence_parallel.stopwatch import Stopwatch
+from .speakers import speaks_for_job
 from .telemetry import Phase, StartFacts, Telemetry, layers_by_strategy
 
 logger = logging.getLogger("megatron_ext")
@@ -41,7 +42,7 @@ class Job:
     def __init__(self, located: Located):
         self.located = located
         self.config: MegatronExtConfig = parse_block(located.block)
-        self.telemetry = Telemetry(self.config.log, is_writer=_rank() == 0)
+        self.telemetry = Telemetry(self.config.log)
         self._number = next(_numbers)
         self.recomputation = self._recomputation()
         self._policies: dict[nn.Module, BlockPolicy] = {}
@@ -57,6 +58,8 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        if speaks_for_job(block):
+            self.telemetry.become_writer()
         self._adopt_strategies(block)
         if self.recomputation is not None:
             compat.check()

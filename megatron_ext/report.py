@@ -49,7 +49,7 @@ class Run:
     rows: tuple[Row, ...]
     """By length, then by batch. At least one where `stages` is None."""
     calls: Mapping[str, Mapping[str, Mapping[str, int]]]
-    """Of layers on rank 0: strategy -> length -> phase -> count."""
+    """Of layers on the rank that wrote: strategy -> length -> phase -> count."""
     broken_lines: int
     """Lines of the file, of whichever run, that could not be used."""
     stages: Stages | None = None

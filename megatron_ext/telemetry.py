@@ -4,7 +4,8 @@ Purpose: in this field a feature that silently does not run still shows a fallin
 is first made, with what it should take, and what it took is told beside it.
 
 Contract: telling never harms the job (:class:`ds_grass.telemetry.log.JsonLog`), and nothing is written per
-micro-batch. Rank 0 of the world writes; its lines are about the layers of its own pipeline stage. Every rank counts.
+micro-batch. One rank writes (:func:`megatron_ext.speakers.speaks_for_job`); its lines are about the layers of its own
+pipeline stage. Every rank counts.
 Not covered: measuring (whoever runs the layers), and reading the log back (:mod:`megatron_ext.report`).
 """
 
@@ -17,6 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -165,23 +167,34 @@ class Telemetry:
         self,
         config: LogConfig,
         *,
-        is_writer: bool,
+        is_writer: bool = False,
         summary_seconds: float = _SUMMARY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`is_writer`: on rank 0 of the world. A summary is written `summary_seconds` after the one before."""
+        """`is_writer`: from the beginning, see :meth:`become_writer`. A summary is written `summary_seconds` after the
+        one before."""
         self.counters = Counters()
-        self.log = MegatronLog(config.path, config.enabled, is_writer)
-        self._is_writer = is_writer
+        self._config = config
+        # The script may change its directory before it builds a model.
+        self._path = str(Path(config.path or DEFAULT_LOG_NAME).absolute())
+        self.log = MegatronLog(self._path, config.enabled, is_writer=False)
+        self.is_writer = False
         self._plans: dict[tuple[int, int, tuple[str, ...]], _Plan] = {}
         self._summary_seconds, self._clock = summary_seconds, clock
         self._next_summary = clock() + summary_seconds
-        if self.log.is_open:
-            atexit.register(self.close)
+        atexit.register(self.close)
+        if is_writer:
+            self.become_writer()
+
+    def become_writer(self) -> None:
+        """This rank writes from now on; nothing that was told before is in the log."""
+        if not self.is_writer:
+            self.is_writer = True
+            self.log = MegatronLog(self._path, self._config.enabled, is_writer=True)
 
     def start(self, facts: StartFacts) -> None:
         """Say on the console and in the log what was decided."""
-        if not self._is_writer:
+        if not self.is_writer:
             return
         _make_visible()
         logger.info("%s", start_line(facts))

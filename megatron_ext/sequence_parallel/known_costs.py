@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..config import SequenceParallelConfig
 from ..telemetry import Telemetry
@@ -90,9 +89,9 @@ class KnownCosts:
         self._profiles[shape] = replace(known, measurements=(*known.measurements, *rows))
 
     def _make_models(self) -> None:
-        """From all that was measured; the first rank saves it, and says how well unseen lengths are known."""
+        """From all that was measured; the rank that writes saves it, and says how well unseen lengths are known."""
         for shape, profile in self._profiles.items():
-            if dist.get_rank() == 0:
+            if self._telemetry.is_writer:
                 self._save(profile)
                 model_of = partial(self._model, shape)
                 self._tell_errors(held_out_error(model_of, profile.measurements))

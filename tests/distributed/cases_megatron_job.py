@@ -16,6 +16,7 @@ import torch
 
 import megatron_ext
 from megatron_ext import job
+from megatron_ext.report import read_run
 from megatron_ext.sequence_parallel.memory_forms import logits_bytes
 from megatron_ext.sequence_parallel.names import NATIVE, STRATEGIES
 from tests import megatron_models, plain_gpt
@@ -94,6 +95,30 @@ def what_is_much_longer_is_profiled_when_it_comes(ctx: Context) -> None:
     assert _profiled(log) == [[16, 4], [256, 64]]
     rows = json.loads(profile.read_text())["measurements"]
     assert [row["length"] for row in rows if row["strategy"] == "ring"] == [16, 4, 256, 64]
+
+
+@case(ranks=(4,))
+def a_stage_of_only_the_embedding_hides_nothing(ctx: Context) -> None:
+    """Rank 0 of the world has no layer there: the first rank that has one writes the log and saves both files."""
+    gpt, profile, plan = GPT(layers=3), ctx.folder / "profile.json", ctx.folder / "plan.json"
+    batches = [plain_gpt.make_batch(gpt, number) for number in range(3)]
+    recompute = {"policy": "uniform", "ratio": 0.5, "plan": {"save": str(plan)}}
+    with megatron_models.parallel_state(tp=2, pp=2):
+        with applied(ctx, {"cost_model": {"save": str(profile)}}, recompute=recompute) as log:
+            chunks = megatron_models.build(gpt, pipeline_model_parallel_layout="E|tttL")
+            layers = len(chunks[0].decoder.layers)
+            for _ in range(2):
+                megatron_models.forward_backward(chunks, batches)
+        torch.distributed.barrier()
+    assert layers == (0 if ctx.rank < 2 else 3)
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len({line["run_id"] for line in told}) == 1
+    assert {"start", "profile", "budget", "plan", "summary", "counters", "recompute_stages"} <= {
+        line["event"] for line in told
+    }
+    assert read_run(log).rows[0].micro_batches == 6
+    assert json.loads(profile.read_text())["format"] == "megatron_ext.sequence_parallel.profile"
+    assert [len(stage["layers"]) for stage in json.loads(plan.read_text())["stages"]] == [0, 3]
 
 
 @case(ranks=(2,))

@@ -126,6 +126,7 @@ ORDER = """
     megatron_ext.locate
     megatron_ext.compat
     megatron_ext.board
+    megatron_ext.speakers
     megatron_ext.in_flight
     megatron_ext.device_peak
     megatron_ext.telemetry
