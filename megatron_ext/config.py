@@ -79,10 +79,11 @@ class CostModelConfig(Block):
     forest and polynomials as in the paper, which need more of them (and scikit-learn)."""
 
     load: FileName | None = key(None, "a file name or null", write='null or "cost_model.json"')
-    """Measurements saved by an earlier job on the same machine. null: a short profile at the start of this one."""
+    """Measurements saved by an earlier job on the same machine, of every shape of layer. null: a short profile at the
+    start of this one."""
 
     save: FileName | None = key(None, "a file name or null", write='null or "cost_model.json"')
-    """Where to save this job's measurements, as JSON. null: nowhere."""
+    """Where to save this job's measurements of the layers of all stages, as JSON. null: nowhere."""
 
 
 class SequenceParallelConfig(Block):

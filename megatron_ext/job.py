@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,6 +28,7 @@ from .sequence_parallel import switch
 from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
 from .sequence_parallel.micro_batch import MicroBatch
 from .sequence_parallel.names import NATIVE
+from .sequence_parallel.saved_profiles import SavedProfiles
 from .sequence_parallel.stopwatch import Stopwatch
 from .speakers import speaks_for_job
 from .telemetry import Phase, StartFacts, Telemetry, layers_by_strategy
@@ -45,6 +47,8 @@ class Job:
         self.telemetry = Telemetry(self.config.log)
         self._number = next(_numbers)
         self.recomputation = self._recomputation()
+        path = self.config.sequence_parallel.cost_model.save
+        self._profiles = SavedProfiles(path, self.telemetry, f"megatron_ext/{self._number}")
         self._policies: dict[nn.Module, BlockPolicy] = {}
         self._stopwatch = Stopwatch()
         self.on_close = contextlib.ExitStack()
@@ -108,6 +112,7 @@ class Job:
         self._policies.clear()
         if self.recomputation is not None:
             self.recomputation.close()
+        self._profiles.gather()
         self.on_close.close()
         self._stopwatch.poll()
         atexit.unregister(self._stopwatch.poll)
@@ -119,6 +124,7 @@ class Job:
         return Surroundings(
             self.config,
             self.telemetry,
+            self._profiles,
             self._board(block),
             ranks_on_node() or dist.get_world_size(),
             self._layers_recomputed,
@@ -138,11 +144,15 @@ class Job:
             settings, self.config.memory, self.telemetry, ranks, f"megatron_ext/{self._number}"
         )
 
-    def step(self, micro_batches: int) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def step(self, micro_batches: int) -> Iterator[None]:
         """Around one training step that Megatron-core's schedule runs on this rank."""
         if self.recomputation is None or not self.recomputation.plans:
-            return contextlib.nullcontext()
-        return self.recomputation.step(micro_batches)
+            yield
+        else:
+            with self.recomputation.step(micro_batches):
+                yield
+        self._profiles.gather()
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Around a pass of the schedule that runs nothing backward."""

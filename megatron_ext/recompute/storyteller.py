@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from ..config import RecomputeConfig
-from ..speakers import is_first_of_stage
+from ..stage_facts import StageFacts, stage_facts
 from ..telemetry import Telemetry
 from .plan import FULL, NONE, ChunkPlan, RecomputePlan, Share
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .solver import Solution
 from .stage import recompute_seconds_by_chunk
-from .stage_facts import StageFacts, StagePlan
+from .stage_facts import StagePlan
 from .stage_memory import LayerClass, StageProblem
 from .stage_peak import peak_in_order
 
@@ -52,14 +52,7 @@ class Storyteller:
     def meet(self, layers: Sequence[int]) -> None:
         """At the beginning of each step; `layers`: of this rank's chunks."""
         if self._facts is None:
-            from megatron.core import parallel_state
-
-            from ds_grass.agreement import default_store
-
-            stages = parallel_state.get_pipeline_model_parallel_world_size()
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            name = f"{self._name}/recompute"
-            self._facts = StageFacts(default_store(), name, stages, stage, is_first_of_stage())
+            self._facts = stage_facts(f"{self._name}/recompute")
             self._facts.tell("layers", list(layers))
         elif self._told is None or not all(stage["frozen"] for stage in self._told):
             self._gather()

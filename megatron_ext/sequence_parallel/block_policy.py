@@ -29,6 +29,7 @@ from .memory_forms import logits_bytes
 from .names import NATIVE, STRATEGIES
 from .planner import LayerKind, Plan, Planner, runnable
 from .recomputed import layers_together
+from .saved_profiles import SavedProfiles
 from .shape_of import shape_of
 from .switch import BlockSwitch
 
@@ -41,6 +42,7 @@ class Surroundings:
 
     config: MegatronExtConfig
     telemetry: Telemetry
+    profiles: SavedProfiles
     board: Board
     ranks_on_node: int
     recomputed: Callable[[nn.Module], tuple[int, ...] | None] = lambda _block: None
@@ -136,7 +138,9 @@ class BlockPolicy:
         shapes = list(dict.fromkeys(filter(None, self._shapes)))
         one_of_each = {shape: (self._shapes.index(shape), self._able(shape)) for shape in shapes}
         self._ready_to_profile("the first micro-batch", batch, length)
-        self._costs = KnownCosts(self._config, self._surroundings.telemetry, switch, one_of_each)
+        self._costs = KnownCosts(
+            self._config, self._surroundings.telemetry, self._surroundings.profiles, switch, one_of_each
+        )
         self._costs.start(batch, length)
         measured = budget.measure(
             switch.block, self._surroundings.config.memory, self._surroundings.ranks_on_node
