@@ -62,11 +62,13 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        if not self.config.sequence_parallel.enabled and self.recomputation is None:
+            return
+        compat.check()
         if speaks_for_job(block):
             self.telemetry.become_writer()
         self._adopt_strategies(block)
         if self.recomputation is not None:
-            compat.check()
             self.recomputation.adopt(block, self._board(block, "recompute"))
 
     def adopt_model(self, model: nn.Module) -> None:
@@ -82,7 +84,6 @@ class Job:
     def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
             return
-        compat.check()
         if not _can_switch(block):
             return
         policy = BlockPolicy(self._surroundings(block))

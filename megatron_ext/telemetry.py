@@ -12,6 +12,7 @@ Not covered: measuring (whoever runs the layers), and reading the log back (:mod
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import time
 from collections import defaultdict, deque
@@ -30,7 +31,7 @@ logger = logging.getLogger("megatron_ext")
 
 DEFAULT_LOG_NAME = "megatron_ext.jsonl"
 _SUMMARY_SECONDS = 60.0
-_KEPT_MEASUREMENTS = 64  # of a plan; more are about 5 kB for each of what may be thousands
+_KEPT_MEASUREMENTS = 64  # of a plan: about 5 kB, and a job may have thousands of plans
 
 Phase = Literal["forward", "backward", "recomputed"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "recomputed")
@@ -174,9 +175,9 @@ class Telemetry:
         """`is_writer`: from the beginning, see :meth:`become_writer`. A summary is written `summary_seconds` after the
         one before."""
         self.counters = Counters()
-        self._config = config
-        # The script may change its directory before it builds a model.
-        self._path = str(Path(config.path or DEFAULT_LOG_NAME).absolute())
+        self._config, self._path = config, config.path or DEFAULT_LOG_NAME
+        with contextlib.suppress(OSError):  # a working directory that was deleted
+            self._path = str(Path(self._path).absolute())  # the script may change it before it builds a model
         self.log = MegatronLog(self._path, config.enabled, is_writer=False)
         self.is_writer = False
         self._plans: dict[tuple[int, int, tuple[str, ...]], _Plan] = {}

@@ -134,6 +134,26 @@ def test_null_path_is_the_working_directory(tmp_path, monkeypatch):
     assert len(lines(tmp_path / "megatron_ext.jsonl")) == 1
 
 
+def test_writer_is_decided_later_and_writes_where_it_would_have_written(tmp_path, monkeypatch):
+    """Which rank has the model's first layer is known when its block is built; the script may have moved by then."""
+    monkeypatch.chdir(tmp_path)
+    told = Telemetry(LogConfig())
+    told.planned(1, 64, MIXED, seconds=1.0, peak_bytes=5)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir("/")
+    for _ in range(2):
+        told.become_writer()
+        told.planned(1, 128, MIXED, seconds=1.0, peak_bytes=5)
+    assert [line["length"] for line in lines(tmp_path / "megatron_ext.jsonl")] == [128]
+
+
+def test_working_directory_that_was_deleted_ends_no_job(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    Telemetry(LogConfig(), is_writer=True).planned(1, 64, MIXED, seconds=1.0, peak_bytes=5)
+
+
 def test_plan_is_told_once(path):
     told = telemetry(path)
     for _ in range(3):
