@@ -2,11 +2,16 @@
 
 Contract: no collective, an answer within `timeout_s` seconds. Every rank of a group posts a fact under a name and reads
 the others'; all ranks that differ raise the same sentence, with global ranks. A rank that never posts is named with
-what it posted last: it runs another micro-batch. Keys are a few hundred bytes; each is written once.
+what it posted last: it runs another micro-batch.
+
+The store does not grow with a job: a rank deletes what it posted as soon as no peer can still read it. A peer that has
+posted a fact is done with the facts before, whether it found them equal or not. So when all have posted one, the own
+keys before it go; a comparison that failed deletes nothing, for peers may still come to read it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -30,6 +35,8 @@ class Board:
         self._store, self._ranks, self._rank = store, list(ranks), rank
         self._name, self._timeout_s = name, timeout_s
         self._times: Counter[str] = Counter()
+        self._posted: list[str] = []
+        """Own keys that a peer may still read."""
 
     def compare(self, what: str, fact: Any) -> None:
         """Return when all ranks have posted an equal `fact` for `what`; ValueError or RuntimeError names the others."""
@@ -39,12 +46,16 @@ class Board:
         if self._times[what] > 1:  # under the old key a peer's old answer may still be its only one
             what = f"{what} (time {self._times[what]})"
         text = json.dumps(fact, sort_keys=True)
-        self._store.set(self._key(what, self._rank), text)
+        own = self._key(what, self._rank)
+        self._store.set(own, text)
         self._store.set(self._key("latest", self._rank), what)
+        before, self._posted = self._posted, [*self._posted, own]
         peers = [rank for rank in self._ranks if rank != self._rank]
         self._wait(lambda: self._store.check([self._key(what, rank) for rank in peers]))
         for rank in peers:
             self._compare_with(rank, what, text)
+        self._delete(before)
+        self._posted = [own]
 
     def _compare_with(self, rank: int, what: str, text: str) -> None:
         key = self._key(what, rank)
@@ -62,6 +73,12 @@ class Board:
                 f"{_difference(json.loads(other), json.loads(text))}; start all ranks with the same ds_config, model "
                 "and packages"
             )
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        """A store of another make may have no deletion; it then keeps a few hundred bytes for every plan."""
+        with contextlib.suppress(RuntimeError):
+            for key in keys:
+                self._store.delete_key(key)
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._name}/{what}/{rank}"

@@ -79,10 +79,11 @@ class CostModelConfig(Block):
     forest and polynomials as in the paper, which need more of them (and scikit-learn)."""
 
     load: FileName | None = key(None, "a file name or null", write='null or "cost_model.json"')
-    """Measurements saved by an earlier job on the same machine. null: a short profile at the start of this one."""
+    """Measurements saved by an earlier job on the same machine, of every shape of layer. null: a short profile at the
+    start of this one."""
 
     save: FileName | None = key(None, "a file name or null", write='null or "cost_model.json"')
-    """Where to save this job's measurements, as JSON. null: nowhere."""
+    """Where to save this job's measurements of the layers of all stages, as JSON. null: nowhere."""
 
 
 class SequenceParallelConfig(Block):
@@ -181,13 +182,15 @@ class RecomputeConfig(Block):
 
 
 class LogConfig(Block):
-    """The record of plans and of what they took, one JSON object a line, written by rank 0 of the world."""
+    """The record of plans and of what they took, one JSON object a line, written by the first rank of the first
+    pipeline stage that has layers: rank 0 of the world, but for a stage of only the embedding."""
 
     enabled: bool = key(True, "true or false")
     """Write the log."""
 
     path: FileName | None = key(None, "a file name or null", write='null or "megatron_ext.jsonl"')
-    """null: megatron_ext.jsonl in the working directory of rank 0. Without effect when `enabled` is false."""
+    """null: megatron_ext.jsonl in the working directory of the rank that writes. Without effect when `enabled` is
+    false."""
 
 
 class MegatronExtConfig(Block):

@@ -30,7 +30,9 @@ from .sequence_parallel import switch
 from .sequence_parallel.block_policy import BlockPolicy, Surroundings, blocks_of
 from .sequence_parallel.micro_batch import MicroBatch
 from .sequence_parallel.names import NATIVE
+from .sequence_parallel.saved_profiles import SavedProfiles
 from .sequence_parallel.stopwatch import Stopwatch
+from .speakers import speaks_for_job
 from .telemetry import Phase, StartFacts, Telemetry, layers_by_strategy
 
 logger = logging.getLogger("megatron_ext")
@@ -44,10 +46,12 @@ class Job:
     def __init__(self, located: Located):
         self.located = located
         self.config: MegatronExtConfig = parse_block(located.block)
-        self.telemetry = Telemetry(self.config.log, is_writer=_rank() == 0)
+        self.telemetry = Telemetry(self.config.log)
         self._number = next(_numbers)
         self.memory = RankMemory(self.config.memory, _ranks_on_node())
         self.recomputation = self._recomputation()
+        path = self.config.sequence_parallel.cost_model.save
+        self._profiles = SavedProfiles(path, self.telemetry, f"megatron_ext/{self._number}")
         self._policies: dict[nn.Module, BlockPolicy] = {}
         self._stopwatch = Stopwatch()
         self.on_close = contextlib.ExitStack()
@@ -61,10 +65,14 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        if not self.config.sequence_parallel.enabled and self.recomputation is None:
+            return
+        compat.check()
         self.memory.add(block)
+        if speaks_for_job(block):
+            self.telemetry.become_writer()
         self._adopt_strategies(block)
         if self.recomputation is not None:
-            compat.check()
             self.recomputation.adopt(block, self._board(block, "recompute", planning_group(block)))
 
     def adopt_model(self, model: nn.Module) -> None:
@@ -81,7 +89,6 @@ class Job:
     def _adopt_strategies(self, block: nn.Module) -> None:
         if block in self._policies or not self.config.sequence_parallel.enabled:
             return
-        compat.check()
         if not _can_switch(block):
             return
         policy = BlockPolicy(self._surroundings(block))
@@ -111,6 +118,7 @@ class Job:
         self._policies.clear()
         if self.recomputation is not None:
             self.recomputation.close()
+        self._profiles.gather()
         self.on_close.close()
         self._stopwatch.poll()
         atexit.unregister(self._stopwatch.poll)
@@ -118,7 +126,12 @@ class Job:
 
     def _surroundings(self, block: nn.Module) -> Surroundings:
         return Surroundings(
-            self.config, self.telemetry, self._board(block), self.memory, self._layers_recomputed
+            self.config,
+            self.telemetry,
+            self._profiles,
+            self._board(block),
+            self.memory,
+            self._layers_recomputed,
         )
 
     def _layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
@@ -139,6 +152,7 @@ class Job:
             else:
                 with self.recomputation.step(micro_batches):
                     yield
+        self._profiles.gather()
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Around a pass of the schedule that runs nothing backward."""

@@ -49,7 +49,7 @@ class Run:
     rows: tuple[Row, ...]
     """By length, then by batch. At least one where `stages` is None."""
     calls: Mapping[str, Mapping[str, Mapping[str, int]]]
-    """Of layers on rank 0: strategy -> length -> phase -> count."""
+    """Of layers on the rank that wrote: strategy -> length -> phase -> count."""
     broken_lines: int
     """Lines of the file, of whichever run, that could not be used."""
     stages: Stages | None = None
@@ -104,14 +104,14 @@ def _choose(path: Path, run_ids: list[str], wanted: str | None) -> str:
 def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> Run:
     rows: dict[tuple[int, int, str], Row] = {}
     facts: Mapping[str, Any] = {}
-    calls: Mapping[str, Any] = {}
+    calls: dict[str, dict[str, Any]] = {}
     stages: Stages | None = None
     unusable = ""
     for line in lines:
         if line["event"] == "start":
             facts = line
         elif line["event"] == "counters" and isinstance(line.get("calls"), dict):
-            calls = line["calls"]
+            _count(line["calls"], calls)
         elif line["event"] == "recompute_stages":
             try:
                 stages = recompute_report.parse_stages(line.get("stages"))
@@ -129,6 +129,13 @@ def _run(path: Path, run_id: str, lines: list[dict[str, Any]], broken: int) -> R
         raise ReportError(f"run {run_id} of {path} has planned nothing yet{why}")
     ordered = sorted(rows.values(), key=lambda row: (row.length, row.batch))
     return Run(path, run_id, facts, tuple(ordered), calls, broken, stages)
+
+
+def _count(news: Mapping[str, Any], calls: dict[str, dict[str, Any]]) -> None:
+    """A line holds totals of what changed since the line before it, or of everything (`complete`)."""
+    for strategy, by_length in news.items():
+        if isinstance(by_length, dict):
+            calls.setdefault(strategy, {}).update(by_length)
 
 
 def _row(line: Mapping[str, Any]) -> Row | None:

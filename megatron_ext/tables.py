@@ -126,7 +126,7 @@ def _show_rows(run: Run, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "[dim]micro-batches of rank 0; medians; seconds of its layers, bytes at the peak of its device[/]"
+        "[dim]micro-batches of the rank that told; medians; seconds of its layers, bytes at the peak of its device[/]"
     )
 
 

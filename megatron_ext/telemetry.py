@@ -4,19 +4,22 @@ Purpose: in this field a feature that silently does not run still shows a fallin
 is first made, with what it should take, and what it took is told beside it.
 
 Contract: telling never harms the job (:class:`ds_grass.telemetry.log.JsonLog`), and nothing is written per
-micro-batch. Rank 0 of the world writes; its lines are about the layers of its own pipeline stage. Every rank counts.
+micro-batch. One rank writes (:func:`megatron_ext.speakers.speaks_for_job`); its lines are about the layers of its own
+pipeline stage. Every rank counts.
 Not covered: measuring (whoever runs the layers), and reading the log back (:mod:`megatron_ext.report`).
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -28,10 +31,12 @@ logger = logging.getLogger("megatron_ext")
 
 DEFAULT_LOG_NAME = "megatron_ext.jsonl"
 _SUMMARY_SECONDS = 60.0
-_KEPT_MEASUREMENTS = 512  # of a plan; the median is over the newest
+_KEPT_MEASUREMENTS = 64  # of a plan: about 5 kB, and a job may have thousands of plans
 
 Phase = Literal["forward", "backward", "recomputed"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "recomputed")
+Calls = dict[str, dict[int, dict[str, int]]]
+"""{strategy: {length: {"forward": calls, "backward": calls, "recomputed": calls}}}"""
 
 
 class MegatronLog(JsonLog):
@@ -45,17 +50,27 @@ class Counters:
 
     def __init__(self) -> None:
         self._calls: defaultdict[tuple[str, int, Phase], int] = defaultdict(int)
+        self._changed: set[tuple[str, int]] = set()
 
     def count(self, strategy: str, length: int, phase: Phase, calls: int = 1) -> None:
         """Layers ran `calls` times. `length`: tokens of the sequence before it is cut."""
         self._calls[strategy, length, phase] += calls
+        self._changed.add((strategy, length))
 
-    def snapshot(self) -> dict[str, dict[int, dict[str, int]]]:
-        """{strategy: {length: {"forward": calls, "backward": calls, "recomputed": calls}}}, a copy."""
-        found: dict[str, dict[int, dict[str, int]]] = {}
-        for strategy, length, phase in sorted(self._calls):
-            by_phase = found.setdefault(strategy, {}).setdefault(length, dict.fromkeys(PHASES, 0))
-            by_phase[phase] = self._calls[strategy, length, phase]
+    def snapshot(self) -> Calls:
+        """All calls since the start, a copy."""
+        return self._of({(strategy, length) for strategy, length, _ in self._calls})
+
+    def take_changed(self) -> Calls:
+        """As :meth:`snapshot`, but only of what has changed since this was asked the last time."""
+        changed, self._changed = self._changed, set()
+        return self._of(changed)
+
+    def _of(self, entries: set[tuple[str, int]]) -> Calls:
+        found: Calls = {}
+        for strategy, length in sorted(entries):
+            by_phase = {phase: self._calls.get((strategy, length, phase), 0) for phase in PHASES}
+            found.setdefault(strategy, {})[length] = by_phase
         return found
 
 
@@ -127,6 +142,8 @@ class _Plan:
     peak_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=_KEPT_MEASUREMENTS))
 
     def summary(self) -> dict[str, Any]:
+        """`micro_batches` are all since the start; the medians are over the newest that were measured, as many as
+        `medians_over` says."""
         return {
             "batch": self.batch,
             "length": self.length,
@@ -137,6 +154,7 @@ class _Plan:
             "measured_seconds": median(self.seconds) if self.seconds else None,
             "predicted_bytes": self.predicted_bytes,
             "measured_bytes": int(median(self.peak_bytes)) if self.peak_bytes else None,
+            "medians_over": {"seconds": len(self.seconds), "bytes": len(self.peak_bytes)},
         }
 
 
@@ -150,23 +168,34 @@ class Telemetry:
         self,
         config: LogConfig,
         *,
-        is_writer: bool,
+        is_writer: bool = False,
         summary_seconds: float = _SUMMARY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`is_writer`: on rank 0 of the world. A summary is written `summary_seconds` after the one before."""
+        """`is_writer`: from the beginning, see :meth:`become_writer`. A summary is written `summary_seconds` after the
+        one before."""
         self.counters = Counters()
-        self.log = MegatronLog(config.path, config.enabled, is_writer)
-        self._is_writer = is_writer
+        self._config, self._path = config, config.path or DEFAULT_LOG_NAME
+        with contextlib.suppress(OSError):  # a working directory that was deleted
+            self._path = str(Path(self._path).absolute())  # the script may change it before it builds a model
+        self.log = MegatronLog(self._path, config.enabled, is_writer=False)
+        self.is_writer = False
         self._plans: dict[tuple[int, int, tuple[str, ...]], _Plan] = {}
         self._summary_seconds, self._clock = summary_seconds, clock
         self._next_summary = clock() + summary_seconds
-        if self.log.is_open:
-            atexit.register(self.close)
+        atexit.register(self.close)
+        if is_writer:
+            self.become_writer()
+
+    def become_writer(self) -> None:
+        """This rank writes from now on; nothing that was told before is in the log."""
+        if not self.is_writer:
+            self.is_writer = True
+            self.log = MegatronLog(self._path, self._config.enabled, is_writer=True)
 
     def start(self, facts: StartFacts) -> None:
         """Say on the console and in the log what was decided."""
-        if not self._is_writer:
+        if not self.is_writer:
             return
         _make_visible()
         logger.info("%s", start_line(facts))
@@ -224,19 +253,28 @@ class Telemetry:
             self.summarise()
 
     def summarise(self) -> None:
-        """Write a line for each plan that ran since the last summary, and one with all counters."""
+        """Write a line for each plan that ran since the last summary, and one with the counters that changed.
+
+        Counters are totals since the start: of each strategy and length the last line that has it is right.
+        """
+        if self._tell_plans():
+            self.log.write("counters", calls=self.counters.take_changed(), complete=False)
+
+    def _tell_plans(self) -> int:
+        """How many were told."""
         self._next_summary = self._clock() + self._summary_seconds
         news = [plan for plan in self._plans.values() if plan.times > plan.told]
         for plan in news:
             self.log.write("summary", **plan.summary())
             plan.told = plan.times
-        if news:
-            self.log.write("counters", calls=self.counters.snapshot())
+        return len(news)
 
     def close(self) -> None:
-        """Write the last summary and close the log; once."""
+        """Write the last summary and all counters, and close the log; once."""
         atexit.unregister(self.close)
-        self.summarise()
+        told, calls = self._tell_plans(), self.counters.snapshot()
+        if told or calls:
+            self.log.write("counters", calls=calls, complete=True)
         self._plans.clear()
         self.log.close()
 

@@ -1,7 +1,7 @@
-"""What stages tell each other of their plans, and rank 0 tells of all: lines in the log, the plan's file.
+"""What stages tell each other of their plans, and one rank tells of all: lines in the log, the plan's file.
 
-Every stage puts its plan, and what it was made from, into the store; when all have, rank 0 of the world writes them to
-the log and saves the plan. Nothing waits: what is not there yet is looked for at the next step, until all is frozen.
+Every stage puts its plan, and what it was made from, into the store; when all have, the rank that writes the log writes
+them there and saves the plan. Nothing waits: what is not there yet is looked for at the next step, until all is frozen.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from ..config import RecomputeConfig
+from ..stage_facts import StageFacts, stage_facts
 from ..telemetry import Telemetry
 from .plan import FULL, NONE, ChunkPlan, RecomputePlan, Share
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .solver import Solution
 from .stage import recompute_seconds_by_chunk
-from .stage_facts import StageFacts, StagePlan
+from .stage_facts import StagePlan
 from .stage_memory import LayerClass, StageProblem
 from .stage_peak import peak_in_order
 
@@ -36,7 +37,7 @@ _SAVED = ("limit_bytes", "static_bytes", "predicted_bytes", "measured_bytes", "r
 
 
 class Storyteller:
-    """Of this rank's stage, and on rank 0 of all stages."""
+    """Of this rank's stage, and on the rank that writes of all stages."""
 
     def __init__(self, config: RecomputeConfig, telemetry: Telemetry, name: str):
         self._config, self._telemetry, self._name = config, telemetry, name
@@ -51,17 +52,7 @@ class Storyteller:
     def meet(self, layers: Sequence[int]) -> None:
         """At the beginning of each step; `layers`: of this rank's chunks."""
         if self._facts is None:
-            from megatron.core import parallel_state
-
-            from ds_grass.agreement import default_store
-
-            is_first = (
-                parallel_state.get_tensor_model_parallel_rank() == 0
-                and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            )
-            stages = parallel_state.get_pipeline_model_parallel_world_size()
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            self._facts = StageFacts(default_store(), f"{self._name}/recompute", stages, stage, is_first)
+            self._facts = stage_facts(f"{self._name}/recompute")
             self._facts.tell("layers", list(layers))
         elif self._told is None or not all(stage["frozen"] for stage in self._told):
             self._gather()
@@ -169,7 +160,7 @@ class Storyteller:
             self._facts.tell("plan", asdict(fact))
 
     def _gather(self) -> None:
-        if self._facts is None or dist.get_rank() != 0:
+        if self._facts is None or not self._telemetry.is_writer:
             return
         told = self._facts.all_there("plan")
         if told is None or told == self._told:

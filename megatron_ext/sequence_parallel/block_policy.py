@@ -30,6 +30,7 @@ from .memory_forms import logits_bytes
 from .names import NATIVE, STRATEGIES
 from .planner import LayerKind, Plan, Planner, runnable
 from .recomputed import layers_together
+from .saved_profiles import SavedProfiles
 from .shape_of import shape_of
 from .switch import BlockSwitch
 
@@ -48,6 +49,7 @@ class Surroundings:
 
     config: MegatronExtConfig
     telemetry: Telemetry
+    profiles: SavedProfiles
     board: Board
     memory: RankMemory
     recomputed: Callable[[nn.Module], tuple[int, ...] | None] = lambda _block: None
@@ -147,7 +149,9 @@ class BlockPolicy:
         shapes = list(dict.fromkeys(filter(None, self._shapes)))
         one_of_each = {shape: (self._shapes.index(shape), self._able(shape)) for shape in shapes}
         self._ready_to_profile("the first micro-batch", batch, length)
-        self._costs = KnownCosts(self._config, self._surroundings.telemetry, switch, one_of_each)
+        self._costs = KnownCosts(
+            self._config, self._surroundings.telemetry, self._surroundings.profiles, switch, one_of_each
+        )
         with self._surroundings.memory.stays():
             self._costs.start(batch, length)
         self._looked_at = self._surroundings.memory.steps_ended

@@ -14,6 +14,8 @@ from megatron_ext.sequence_parallel.cost_model import Cost, CostModel
 from megatron_ext.sequence_parallel.profile import Measurement
 
 TIME_LIMIT, MEMORY_LIMIT = 0.10, 0.05
+WORSE = 1.25
+"""Times an error that was told. Times of a profile differ by this from one to the next on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class HeldOutError:
         if not said:
             return None
         return f"{self.strategy}: unseen lengths are missed in {' and '.join(said)}; profile more lengths"
+
+    def is_worse_than(self, told: HeldOutError | None) -> bool:
+        """Whether it is news to who was told that one."""
+        if told is None:
+            return True
+        return (self.time > TIME_LIMIT and self.time > WORSE * told.time) or (
+            self.memory > MEMORY_LIMIT and self.memory > WORSE * told.memory
+        )
 
 
 def held_out_error(

@@ -12,10 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..config import SequenceParallelConfig
 from ..telemetry import Telemetry
@@ -25,8 +23,9 @@ from .cost_model import AnalyticalModel, CostModel
 from .forest import ForestModel
 from .held_out import HeldOutError, held_out_error
 from .layer_shape import LayerShape
-from .profile import Measurement, Profile, load_profile
+from .profile import Measurement, Profile, load_profile, load_profiles
 from .profile_sizes import REACH, first_lengths, more_lengths
+from .saved_profiles import SavedProfiles
 from .switch import BlockSwitch
 
 logger = logging.getLogger("megatron_ext")
@@ -39,22 +38,28 @@ class KnownCosts:
         self,
         config: SequenceParallelConfig,
         telemetry: Telemetry,
+        saved: SavedProfiles,
         switch: BlockSwitch,
         layers: Mapping[LayerShape, tuple[int, Sequence[str]]],
     ):
-        """`layers`: of each shape the place of one layer in the block, and the strategies that it can run."""
-        self._config, self._telemetry, self._switch, self._layers = config, telemetry, switch, layers
+        """`saved`: of the job. `layers`: of each shape the place of one layer in the block, and the strategies that it
+        can run."""
+        self._config, self._telemetry, self._saved = config, telemetry, saved
+        self._switch, self._layers = switch, layers
         self._profiles: dict[LayerShape, Profile] = {}
+        self._warned: dict[str, HeldOutError] = {}
+        """By strategy, the error that was warned of last."""
         self.models: dict[LayerShape, CostModel] = {}
         self.reach: float = math.inf
         """Tokens of the largest micro-batch that the models are good for."""
 
     def start(self, batch: int, length: int) -> None:
         """Load the profile, or measure one up to `length`. ValueError where the file is not this model's."""
-        settings = self._config.cost_model
+        settings, key = self._config.cost_model, "megatron_ext.sequence_parallel.cost_model.load"
+        if settings.load:  # the same file may be saved to: other stages' layers stay in it
+            self._saved.add(load_profiles(settings.load, key))
         for shape in self._layers:
             if settings.load:
-                key = "megatron_ext.sequence_parallel.cost_model.load"
                 self._profiles[shape] = load_profile(settings.load, shape, key)
             elif self._config.strategy:  # nothing is chosen, so nothing need be measured
                 self.models[shape] = _closed_forms(shape)
@@ -90,25 +95,14 @@ class KnownCosts:
         self._profiles[shape] = replace(known, measurements=(*known.measurements, *rows))
 
     def _make_models(self) -> None:
-        """From all that was measured; the first rank saves it, and says how well unseen lengths are known."""
+        """From all that was measured; it is saved, and the rank that writes says how well unseen lengths are known."""
+        if self._profiles:
+            self._saved.add(self._profiles.values())
         for shape, profile in self._profiles.items():
-            if dist.get_rank() == 0:
-                self._save(profile)
+            if self._telemetry.is_writer:
                 model_of = partial(self._model, shape)
                 self._tell_errors(held_out_error(model_of, profile.measurements))
             self.models[shape] = self._model(shape, profile.measurements)
-
-    def _save(self, profile: Profile) -> None:
-        """A job does not end for want of a file that it needs no more."""
-        if not self._config.cost_model.save:
-            return
-        try:
-            profile.save(Path(self._config.cost_model.save))
-        except OSError as error:
-            logger.warning(
-                "megatron_ext.sequence_parallel.cost_model.save is %r, which cannot be written (%s); the job goes on",
-                self._config.cost_model.save, error,
-            )  # fmt: skip
 
     def _model(self, shape: LayerShape, rows: Sequence[Measurement]) -> CostModel:
         if self._config.cost_model.kind == "forest":
@@ -116,12 +110,18 @@ class KnownCosts:
         return _closed_forms(shape).calibrated(rows)
 
     def _tell_errors(self, errors: Mapping[str, HeldOutError]) -> None:
-        """How well the model knows lengths that it was not made from."""
+        """How well the model knows lengths that it was not made from; a warning is repeated where it gets worse."""
         for error in errors.values():
             self._telemetry.log.write("held_out_error", **asdict(error))
-        warnings = [error.warning for error in errors.values() if error.warning]
-        if warnings:
-            logger.warning("megatron_ext: the cost model's held-out error: %s", "; ".join(warnings))
+        news = {
+            name: error
+            for name, error in errors.items()
+            if error.warning and error.is_worse_than(self._warned.get(name))
+        }
+        if news:
+            self._warned |= news
+            warnings = "; ".join(str(error.warning) for error in news.values())
+            logger.warning("megatron_ext: the cost model's held-out error: %s", warnings)
 
 
 def _closed_forms(shape: LayerShape) -> AnalyticalModel:

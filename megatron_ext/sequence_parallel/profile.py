@@ -1,8 +1,8 @@
 """What was measured of each strategy, and the file that keeps it.
 
-Contract: a profile is JSON: a format's name and version, the shape of the layer, where it was measured, and rows. It is
-all that a cost model is made from, so models are saved by saving their profile and fitted anew when it is loaded: no
-pickle. A file of another version or another layer is refused.
+Contract: the file is JSON: a format's name and version, and for each shape of layer where it was measured, and rows.
+That is all that a cost model is made from, so models are saved by saving their profiles and fitted anew when they are
+loaded: no pickle. A file of another version, or one without the layer that is looked for, is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron_ext.sequence_parallel.names import STRATEGIES
 from megatron_ext.versioned_json import read_versioned, write_whole
 
 FORMAT = "megatron_ext.sequence_parallel.profile"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -68,44 +68,74 @@ class Profile:
     source: Mapping[str, Any] = field(default_factory=dict)
     """Free: device, versions, date."""
 
-    def save(self, path: str | Path) -> None:
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
+    def merged(self, newer: Profile) -> Profile:
+        """Both, of one shape; of what both have measured the newer measurement."""
+        rows = {
+            (row.strategy, row.batch, row.length): row for row in (*self.measurements, *newer.measurements)
+        }
+        return replace(newer, measurements=tuple(rows.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        return {
             "shape": self.shape.to_json(),
             "source": dict(self.source),
             "measurements": [asdict(row) for row in self.measurements],
         }
-        write_whole(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, given: Any, where: str) -> Profile:
+        """ValueError names `where`."""
+        if not isinstance(given, dict):
+            raise ValueError(f"{where} is {given!r}, no object; profile again")
+        rows = given.get("measurements")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{where} has no measurements; profile again")
+        shape = LayerShape.from_json(given.get("shape"), f"{where}: shape")
+        return cls(shape, tuple(_rows(rows, where)), given.get("source") or {})
 
 
-def load_profile(path: str | Path, shape: LayerShape | None = None, key: str = "cost_model.load") -> Profile:
-    """The profile of a file; `shape`: of the layer that it must be of. ValueError names `key`."""
+def save_profiles(path: str | Path, profiles: Iterable[Profile]) -> None:
+    """One of each shape, in one file. OSError."""
+    layers = [profile.to_json() for profile in profiles]
+    content = {"format": FORMAT, "version": VERSION, "layers": layers}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_profiles(path: str | Path, key: str = "cost_model.load") -> list[Profile]:
+    """All that a file has, at least one. ValueError names `key`."""
     content = read_versioned(path, key, FORMAT, VERSION, noun="profile", again="profile again")
-    found = LayerShape.from_json(content.get("shape"), f"{key}: shape in {str(path)!r}")
-    if shape is not None and found != shape:
-        raise ValueError(
-            f"{key} is {str(path)!r}, measured of another layer ({_differences(found, shape)}); "
-            "profile this model, or name its own file"
-        )
-    rows = content.get("measurements")
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{key} is {str(path)!r}, which has no measurements; profile again")
-    return Profile(found, tuple(_rows(rows, path, key)), content.get("source") or {})
+    layers = content.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{key} is {str(path)!r}, which has no layers; profile again")
+    return [
+        Profile.from_json(layer, f"{key} is {str(path)!r}, whose layer {number}")
+        for number, layer in enumerate(layers)
+    ]
 
 
-def _rows(rows: list[Any], path: str | Path, key: str) -> Iterable[Measurement]:
+def load_profile(path: str | Path, shape: LayerShape, key: str = "cost_model.load") -> Profile:
+    """The profile of a layer of this shape. ValueError names `key`, and what differs in the layer that is closest."""
+    found = {profile.shape: profile for profile in load_profiles(path, key)}
+    if shape in found:
+        return found[shape]
+    closest = min((_differences(other, shape) for other in found), key=len)
+    which = "another layer" if len(found) == 1 else f"{len(found)} other layers; of the closest"
+    raise ValueError(
+        f"{key} is {str(path)!r}, measured of {which} ({', '.join(closest)}); profile this model, or name its own file"
+    )
+
+
+def _rows(rows: list[Any], where: str) -> Iterable[Measurement]:
     for number, row in enumerate(rows):
         try:
             yield Measurement(**row)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{key} is {str(path)!r}, whose measurement {number} is wrong: {error}"
-            ) from None
+            raise ValueError(f"{where} has a measurement {number} that is wrong: {error}") from None
 
 
-def _differences(found: LayerShape, wanted: LayerShape) -> str:
+def _differences(found: LayerShape, wanted: LayerShape) -> list[str]:
     pairs = (
         (name.name, getattr(found, name.name), getattr(wanted, name.name)) for name in fields(LayerShape)
     )
-    return ", ".join(f"{name} {there!r} instead of {here!r}" for name, there, here in pairs if there != here)
+    return [f"{name} {there!r} instead of {here!r}" for name, there, here in pairs if there != here]

@@ -171,6 +171,7 @@ def _edit(profile: str, ctx: Context) -> None:
     """A profile of another machine: every time twice as long."""
     with open(profile) as file:
         saved = json.load(file)
-    for row in saved["measurements"]:
-        row["seconds"] *= 2
+    for layer in saved["layers"]:
+        for row in layer["measurements"]:
+            row["seconds"] *= 2
     (ctx.folder / "profile-1.json").write_text(json.dumps(saved))

@@ -16,8 +16,12 @@ import torch
 
 import megatron_ext
 from megatron_ext import job
+from megatron_ext.report import read_run
+from megatron_ext.sequence_parallel import known_costs
+from megatron_ext.sequence_parallel.held_out import HeldOutError
 from megatron_ext.sequence_parallel.memory_forms import logits_bytes
 from megatron_ext.sequence_parallel.names import NATIVE, STRATEGIES
+from megatron_ext.sequence_parallel.profile import load_profiles
 from tests import megatron_models, plain_gpt
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
@@ -92,8 +96,81 @@ def what_is_much_longer_is_profiled_when_it_comes(ctx: Context) -> None:
     assert losses == pytest.approx(expected, rel=1e-12)
     assert worst <= 1e-12, f"{where}: {worst:.1e}"
     assert _profiled(log) == [[16, 4], [256, 64]]
-    rows = json.loads(profile.read_text())["measurements"]
+    (layer,) = json.loads(profile.read_text())["layers"]
+    rows = layer["measurements"]
     assert [row["length"] for row in rows if row["strategy"] == "ring"] == [16, 4, 256, 64]
+
+
+@case(ranks=(2, 4), strength=1, most_quick=2)
+def a_saved_profile_has_every_layer(ctx: Context) -> None:
+    """Of two chunks on a rank, or of two stages, that are not alike: none is lost, and each finds its own again."""
+    narrow, wide = GPT(layers=2, ffn=32), GPT(layers=2, ffn=64)
+    models = [narrow, wide] if ctx.world_size == 2 else [narrow if ctx.rank < 2 else wide]
+    batch, profile = plain_gpt.make_batch(narrow, 0), ctx.folder / "profile.json"
+    with megatron_models.parallel_state(tp=2, pp=ctx.world_size // 2):
+
+        def run(**cost_model: str) -> None:
+            with applied(ctx, {"cost_model": cost_model}):
+                chunks = [megatron_models.build(gpt)[0] for gpt in models]
+                for chunk in chunks:
+                    megatron_models.forward_backward([chunk], [batch])
+                torch.distributed.barrier()
+                shapes = [found.shape.ffn_hidden_size for found in load_profiles(profile)]
+                assert sorted(shapes) == [32, 64], shapes
+
+        run(save=str(profile))
+        run(load=str(profile))
+        run(load=str(profile), save=str(profile))
+        if ctx.world_size == 2:  # in a pipeline the other stage would wait for the one that refuses
+            models = [GPT(layers=2, ffn=96)]
+            closest = r"2 other layers; of the closest \(ffn_hidden_size \d+ instead of 96\)"
+            with pytest.raises(ValueError, match=closest):
+                run(load=str(profile))
+
+
+@case(ranks=(2,))
+def a_held_out_error_is_warned_of_once(ctx: Context) -> None:
+    """Not with every longer sequence: a warning that comes with each is read as one more fault."""
+    gpt, said = GPT(length=256), []
+    errors = {"ring": HeldOutError("ring", 0.3, 0.0, 1)}
+    with pytest.MonkeyPatch.context() as patch, megatron_models.parallel_state(tp=2), applied(ctx, {}) as log:
+        patch.setattr(known_costs, "held_out_error", lambda *_: errors)
+        patch.setattr(known_costs.logger, "warning", lambda text, *values: said.append(text % values))
+        chunks = megatron_models.build(gpt)
+        for length in (16, 64, 256):
+            megatron_models.forward_backward(chunks, [plain_gpt.make_batch(gpt, 0, length=length)])
+        torch.distributed.barrier()
+        told = [
+            line
+            for line in map(json.loads, log.read_text().splitlines())
+            if line["event"] == "held_out_error"
+        ]
+    assert len(told) == 3
+    assert len([text for text in said if "held-out error" in text]) == (1 if ctx.rank == 0 else 0), said
+
+
+@case(ranks=(4,))
+def a_stage_of_only_the_embedding_hides_nothing(ctx: Context) -> None:
+    """Rank 0 of the world has no layer there: the first rank that has one writes the log and saves both files."""
+    gpt, profile, plan = GPT(layers=3), ctx.folder / "profile.json", ctx.folder / "plan.json"
+    batches = [plain_gpt.make_batch(gpt, number) for number in range(3)]
+    recompute = {"policy": "uniform", "ratio": 0.5, "plan": {"save": str(plan)}}
+    with megatron_models.parallel_state(tp=2, pp=2):
+        with applied(ctx, {"cost_model": {"save": str(profile)}}, recompute=recompute) as log:
+            chunks = megatron_models.build(gpt, pipeline_model_parallel_layout="E|tttL")
+            layers = len(chunks[0].decoder.layers)
+            for _ in range(2):
+                megatron_models.forward_backward(chunks, batches)
+        torch.distributed.barrier()
+    assert layers == (0 if ctx.rank < 2 else 3)
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len({line["run_id"] for line in told}) == 1
+    assert {"start", "profile", "budget", "plan", "summary", "counters", "recompute_stages"} <= {
+        line["event"] for line in told
+    }
+    assert read_run(log).rows[0].micro_batches == 6
+    assert json.loads(profile.read_text())["format"] == "megatron_ext.sequence_parallel.profile"
+    assert [len(stage["layers"]) for stage in json.loads(plan.read_text())["stages"]] == [0, 3]
 
 
 @case(ranks=(2,))
@@ -170,7 +247,8 @@ def _profiled(log: Path) -> list[list[int]]:
 def _make_leaner_slower(file: Path) -> None:
     """Twice as slow from each strategy to the next that keeps less, and proportional to the length."""
     content = json.loads(file.read_text())
-    rows = content["measurements"]
+    (layer,) = content["layers"]
+    rows = layer["measurements"]
     longest = max(row["length"] for row in rows)
     kept = {row["strategy"]: row["kept_bytes"] for row in rows if row["length"] == longest}
     heaviest_first = sorted(kept, key=kept.get, reverse=True)

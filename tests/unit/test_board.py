@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -94,3 +96,85 @@ def test_ranks_that_differ_the_second_time_are_named():
 
 def test_group_of_one_asks_nobody():
     Board(None, (3,), 3, "test").compare("anything", 1)
+
+
+@pytest.fixture(params=("hash", "file", "tcp"))
+def stores(request, tmp_path):
+    """One store as two ranks see it, under a prefix, as a job does."""
+    if request.param == "hash":
+        both = [dist.HashStore()] * 2
+    elif request.param == "file":
+        both = [dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2)]
+    else:
+        server = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+        both = [server, dist.TCPStore("localhost", server.port, None, False, timedelta(seconds=30))]
+    return [dist.PrefixStore("ds_grass", store) for store in both]
+
+
+def compare_all(boards: Sequence[Board], numbers: Sequence[int]) -> list[list[object]]:
+    """What each rank got from a comparison of each plan: None or the error."""
+
+    def run(board: Board) -> list[object]:
+        found: list[object] = []
+        for number in numbers:
+            try:
+                found.append(board.compare(f"the plan for 1 x {number} tokens", ["ring"] * 4))
+            except RuntimeError as error:
+                found.append(error)
+        return found
+
+    with ThreadPoolExecutor(len(boards)) as pool:
+        return list(pool.map(run, boards))
+
+
+def test_store_does_not_grow_with_the_number_of_plans(stores):
+    boards = [Board(store, (0, 1), rank, "test", 30.0) for rank, store in enumerate(stores)]
+    assert compare_all(boards, range(5)) == [[None] * 5] * 2
+    few = stores[0].num_keys()
+    assert compare_all(boards, range(5, 100)) == [[None] * 95] * 2
+    assert stores[0].num_keys() == few
+    assert stores[0].check(["test/latest/0", "test/latest/1", "test/the plan for 1 x 99 tokens/0"])
+    assert not stores[0].check(["test/the plan for 1 x 98 tokens/0"])
+
+
+def test_what_a_peer_has_not_read_stays(stores):
+    """A rank that is late reads what was posted for it, though the one that posted it has given up and gone on."""
+    boards = [
+        Board(store, (0, 1), rank, "test", timeout)
+        for rank, store, timeout in zip((0, 1), stores, (0.1, 30.0), strict=True)
+    ]
+    with pytest.raises(RuntimeError, match="rank 1 did not answer"):
+        boards[0].compare("the plan for 1 x 16 tokens", 0)
+    with pytest.raises(RuntimeError, match="rank 1 did not answer"):
+        boards[0].compare("the plan for 1 x 32 tokens", 0)
+    for length in (16, 32):
+        boards[1].compare(f"the plan for 1 x {length} tokens", 0)
+
+
+def test_ranks_that_differed_leave_no_more_than_others(stores):
+    """An error that was caught: what it was about goes with the next comparison that passes."""
+    boards = [Board(store, (0, 1), rank, "test", 30.0) for rank, store in enumerate(stores)]
+    compare_all(boards, [1, 2])
+    few = stores[0].num_keys()
+
+    def differ(board: Board) -> str:
+        with pytest.raises(ValueError, match="differ about the start") as caught:
+            board.compare("the start", boards.index(board))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all("0 against 1" in text or "1 against 0" in text for text in pool.map(differ, boards))
+    assert stores[0].num_keys() == few + 2
+    compare_all(boards, [3])
+    assert stores[0].num_keys() == few
+
+
+def test_store_that_cannot_delete_is_used_all_the_same():
+    class Keeping(dist.HashStore):
+        def delete_key(self, key: str) -> bool:
+            raise RuntimeError('Tried to call pure virtual function "::c10d::Store::deleteKey"')
+
+    store = Keeping()
+    boards = [Board(store, (0, 1), rank, "test", 30.0) for rank in (0, 1)]
+    assert compare_all(boards, range(3)) == [[None] * 3] * 2
+    assert store.num_keys() == 8

@@ -15,7 +15,7 @@ from megatron_ext.sequence_parallel.held_out import HeldOutError, held_out_error
 from megatron_ext.sequence_parallel.layer_shape import LayerShape
 from megatron_ext.sequence_parallel.least_squares import fit_relative
 from megatron_ext.sequence_parallel.names import STRATEGIES
-from megatron_ext.sequence_parallel.profile import Measurement, Profile, load_profile
+from megatron_ext.sequence_parallel.profile import Measurement, Profile, load_profile, save_profiles
 
 SHAPE = LayerShape(1024, 4096, num_heads=16, num_kv_heads=16, head_dim=64, group_size=8)
 MODEL = AnalyticalModel(SHAPE, PRESETS["8xH100-80G"])
@@ -174,7 +174,7 @@ def test_forest_is_monotone_in_length(forest):
 
 
 def test_forest_is_saved_as_its_measurements(forest, tmp_path):
-    Profile(SHAPE, forest.measurements).save(tmp_path / "profile.json")
+    save_profiles(tmp_path / "profile.json", [Profile(SHAPE, forest.measurements)])
     again = ForestModel(SHAPE, load_profile(tmp_path / "profile.json", SHAPE).measurements)
     assert again.fingerprint() == forest.fingerprint()
     assert again.predict("ulysses", 1, 5000) == forest.predict("ulysses", 1, 5000)
@@ -191,3 +191,20 @@ def test_forest_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match="pip install scikit-learn, or use analytical"):
         ForestModel(SHAPE, rows_of(lengths=LENGTHS[:3]))
+
+
+@pytest.mark.parametrize(
+    ("told", "now", "is_news"),
+    [
+        (None, (0.0, 0.0), True),
+        ((0.0, 0.0), (0.2, 0.0), True),
+        ((0.2, 0.0), (0.22, 0.0), False),
+        ((0.2, 0.0), (0.26, 0.0), True),
+        ((0.2, 0.0), (0.2, 0.06), True),
+        ((0.2, 0.01), (0.2, 0.04), False),
+        ((0.3, 0.0), (0.11, 0.0), False),
+    ],
+)
+def test_warning_is_repeated_only_where_the_error_has_become_worse(told, now, is_news):
+    before = None if told is None else HeldOutError("ring", *told, lengths=1)
+    assert HeldOutError("ring", *now, lengths=1).is_worse_than(before) == is_news

@@ -126,6 +126,8 @@ ORDER = """
     megatron_ext.locate
     megatron_ext.compat
     megatron_ext.board
+    megatron_ext.speakers
+    megatron_ext.stage_facts
     megatron_ext.in_flight
     megatron_ext.device_peak
     megatron_ext.rank_memory
@@ -177,6 +179,7 @@ ORDER = """
     megatron_ext.sequence_parallel.memory_probe
     megatron_ext.sequence_parallel.aliases
     megatron_ext.sequence_parallel.calibration
+    megatron_ext.sequence_parallel.saved_profiles
     megatron_ext.sequence_parallel.known_costs
     megatron_ext.sequence_parallel.block_policy
 

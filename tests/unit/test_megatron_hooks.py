@@ -405,6 +405,8 @@ def a_block(size: int, *layers: nn.Module, **settings) -> nn.Module:
     config = SimpleNamespace(**{"sequence_parallel": True, "context_parallel_size": 1, **settings})
     block = a_module().TransformerBlock(config, layers or (nn.Linear(1, 1),))
     block.tp_group = SimpleNamespace(size=lambda: size)
+    for number, layer in enumerate(block.layers, 2):
+        layer.layer_number = number
     return block
 
 

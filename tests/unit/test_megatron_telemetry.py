@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import LogConfig, MegatronExtConfig
+from megatron_ext.report import read_run
 from megatron_ext.telemetry import Counters, StartFacts, Telemetry, layers_by_strategy, runs_of, start_line
 
 REPOSITORY = Path(__file__).parents[2]
@@ -133,6 +134,26 @@ def test_null_path_is_the_working_directory(tmp_path, monkeypatch):
     assert len(lines(tmp_path / "megatron_ext.jsonl")) == 1
 
 
+def test_writer_is_decided_later_and_writes_where_it_would_have_written(tmp_path, monkeypatch):
+    """Which rank has the model's first layer is known when its block is built; the script may have moved by then."""
+    monkeypatch.chdir(tmp_path)
+    told = Telemetry(LogConfig())
+    told.planned(1, 64, MIXED, seconds=1.0, peak_bytes=5)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir("/")
+    for _ in range(2):
+        told.become_writer()
+        told.planned(1, 128, MIXED, seconds=1.0, peak_bytes=5)
+    assert [line["length"] for line in lines(tmp_path / "megatron_ext.jsonl")] == [128]
+
+
+def test_working_directory_that_was_deleted_ends_no_job(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    Telemetry(LogConfig(), is_writer=True).planned(1, 64, MIXED, seconds=1.0, peak_bytes=5)
+
+
 def test_plan_is_told_once(path):
     told = telemetry(path)
     for _ in range(3):
@@ -187,6 +208,59 @@ def test_summary_comes_from_time_to_time_and_holds_what_is_new(path):
     clock.now = 120.0
     told.ran(1, 64, MIXED)
     assert [(line["length"], line["micro_batches"]) for line in lines(path, "summary")[2:]] == [(64, 4)]
+
+
+def test_counters_tell_what_changed_and_everything_at_the_end(path):
+    """A line for every minute with every length that ever came would make the log grow with the square of a job."""
+    clock = Clock()
+    told = telemetry(path, summary_seconds=60, clock=clock)
+    for length in (64, 128, 64):
+        told.planned(1, length, ["ring"], seconds=0.5, peak_bytes=1000)
+        told.counters.count("ring", length, "forward")
+        clock.now += 60.0
+        told.ran(1, length, ["ring"])
+    told.close()
+    found = [
+        (
+            {int(length): phases["forward"] for length, phases in line["calls"]["ring"].items()},
+            line["complete"],
+        )
+        for line in lines(path, "counters")
+    ]
+    assert found == [({64: 1}, False), ({128: 1}, False), ({64: 2}, False), ({64: 2, 128: 1}, True)]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_report_adds_up_counters_of_all_lines(path, is_cut):
+    """Also of a job that was killed, whose log has no last line with everything."""
+    clock = Clock()
+    told = telemetry(path, summary_seconds=60, clock=clock)
+    for length in (64, 128, 64):
+        told.planned(1, length, ["ring"], seconds=0.5, peak_bytes=1000)
+        told.counters.count("ring", length, "forward")
+        clock.now += 60.0
+        told.ran(1, length, ["ring"])
+    told.close()
+    if is_cut:
+        path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+    calls = read_run(path).calls
+    assert {length: phases["forward"] for length, phases in calls["ring"].items()} == {"64": 2, "128": 1}
+
+
+def test_summary_says_what_its_medians_are_over(path):
+    """The newest: of each of thousands of plans a few are kept."""
+    told = telemetry(path)
+    told.planned(1, 64, MIXED, seconds=0.5, peak_bytes=1000)
+    for number in range(1000):
+        told.ran(1, 64, MIXED, seconds=float(number), peak_bytes=None if number < 990 else number)
+    told.summarise()
+    (summary,) = lines(path, "summary")
+    kept = summary["medians_over"]["seconds"]
+    assert kept < 100
+    assert summary["medians_over"]["bytes"] == 10
+    assert summary["micro_batches"] == 1000
+    assert summary["measured_seconds"] == (999 + 1000 - kept) / 2
+    assert sum(len(plan.seconds) for plan in told._plans.values()) == kept
 
 
 def test_close_tells_the_rest_once(path):

@@ -9,7 +9,8 @@ from dataclasses import asdict
 import pytest
 from torch.distributed import HashStore
 
-from megatron_ext.recompute.stage_facts import StageFacts, StagePlan
+from megatron_ext.recompute.stage_facts import StagePlan
+from megatron_ext.stage_facts import StageFacts
 
 
 @pytest.fixture
@@ -39,6 +40,14 @@ def test_fact_that_is_told_again_replaces_the_one_before(store):
     second.tell("plan", 2)
     first.tell("plan", [3])
     assert second.all_there("plan") == [[3], 2]
+
+
+def test_what_some_have_told_is_there_by_now(store):
+    facts = [of(store, stage) for stage in range(3)]
+    assert facts[0].by_now("profiles") == []
+    for stage in (2, 0):
+        facts[stage].tell("profiles", stage)
+    assert facts[1].by_now("profiles") == [0, 2]
 
 
 def test_facts_and_jobs_are_kept_apart(store):
