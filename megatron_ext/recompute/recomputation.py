@@ -38,7 +38,7 @@ from .layer_classes import allowed_modules, layers_that_train
 from .layer_loop import LayerLoop
 from .measurements import Measurements
 from .plan import ChunkPlan
-from .planning_group import News, is_spread
+from .planning_group import News, are_equal, is_spread
 from .policies import layers_recomputed
 from .refusals import NothingFits, check_config, nothing_fits, plans_of_file
 from .running_pipeline import opens_more, own_chunks, own_stage, pipeline_of
@@ -76,7 +76,7 @@ class Recomputation:
         self._pipeline: Pipeline | None = None
         self._sizes = LargestSize()
         self._is_wide = False
-        """Whether plans are made between steps only, by all data-parallel ranks together."""
+        """Whether data-parallel ranks must hold one plan, which they make between steps only."""
         self._predicted: int | None = None
         self._static = 0
         """Weights, gradients and optimizer states that the plan counts with."""
@@ -137,7 +137,7 @@ class Recomputation:
         loop.plan = all_layers(len(block.layers))
         loop.arrived = self._arrived
         self._loops[block], self._board = loop, board
-        self._is_wide = self.is_measured and is_spread(block.config)
+        self._is_wide = is_spread(block.config)
 
     def close(self) -> None:
         """Give all blocks back."""
@@ -261,15 +261,13 @@ class Recomputation:
         """A micro-batch: nothing to do but for the first, and for one that is larger than all before."""
         cut = group_of(block).size() if block.config.sequence_parallel else 1
         size = Size(hidden.shape[1], hidden.shape[0] * cut)
-        if self._sizes.covers(size):
+        if not self.is_measured or self._sizes.covers(size):
             return
         is_first = self._sizes.largest is None
         if self._is_wide and not is_first:
             self._sizes.wait(size, is_planned=not self._probing)
             return
         self._sizes.grow(size)
-        if not self.is_measured:
-            return
         if is_first:
             self._measure(block, hidden, options, size)
             if self._pipeline is None:  # a loop of the script's own, or an engine
@@ -284,13 +282,12 @@ class Recomputation:
 
     def _measure(self, block: nn.Module, hidden: Tensor, options: dict[str, Any], size: Size) -> None:
         """Of data-parallel ranks each measures its own first micro-batch, and all plan for one that covers them."""
-        assert self._board is not None
         is_somebodys = True
         if self._is_wide:
-            self._board.compare("the layers that are measured", self._measurements.layers(block))
+            self._agree("the layers that are measured", self._measurements.layers(block))
             is_somebodys = self._sizes.first(size, self._held.most_of_group)
         else:
-            self._board.compare("the size that layers are measured at", asdict(size))
+            self._agree("the size that layers are measured at", asdict(size))
         with self._held.stays():
             self._measurements.measure(
                 block, hidden, options, size, self._sizes.planned, is_made_up=not is_somebodys
@@ -339,12 +336,17 @@ class Recomputation:
 
     def _use(self, plans: Sequence[ChunkPlan]) -> None:
         """Ranks that replay collectives together must run the same."""
-        assert self._board is not None
         self._plans_made += 1
         self._probing = self._frozen = False
-        self._board.compare(f"recomputation plan {self._plans_made}", [plan.digest() for plan in plans])
+        self._agree(f"recomputation plan {self._plans_made}", [plan.digest() for plan in plans])
         for loop, plan in zip(self._loops.values(), plans, strict=True):
             loop.plan = plan
+
+    def _agree(self, what: str, fact: Any) -> None:
+        """Return where all ranks that hold one plan say the same; ValueError names those that differ."""
+        assert self._board is not None
+        if not (self._is_wide and are_equal(fact, self._held.most_of_group)):
+            self._board.compare(what, fact)
 
     def _problem(self, *, saved_only: bool = False) -> StageProblem:
         """`saved_only`: of transients, what recomputation saves once more."""

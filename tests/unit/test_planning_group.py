@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ext.recompute.largest_size import LargestSize
-from megatron_ext.recompute.planning_group import News, is_spread, largest_of_all, planning_group
+from megatron_ext.recompute.planning_group import News, are_equal, is_spread, largest_of_all, planning_group
 from megatron_ext.recompute.sizes import Size
 
 
@@ -70,6 +70,14 @@ def test_news_of_all_ranks_are_the_most_of_each():
     assert own.of_all(together((4, 0, 0, 0, 0, 0, 0))) == own
     others = (6, 1, 7, 3, 64, 4096, 1)  # micro-batches, trains, static, over; tokens, pairs and sequences
     assert own.of_all(together(others)) == News(6, Size(1, 64), True, 10, 3)
+
+
+def test_facts_are_equal_only_where_every_rank_has_the_same():
+    told: list[tuple[int, ...]] = []
+    assert are_equal(["none", "full"], lambda *own: told.append(own) or list(own))
+    assert are_equal(["none", "full"], together(*told))
+    for other in (["full", "none"], ["none"], []):
+        assert not are_equal(other, together(*told))
 
 
 @pytest.mark.parametrize(
