@@ -64,12 +64,13 @@ class Board:
             last = self._store.get(latest).decode() if self._store.check([latest]) else "nothing"
             raise RuntimeError(
                 f"rank {rank} did not answer rank {self._rank} about {what} within {self._timeout_s:g} s; what it told "
-                f"last is {last}. All ranks of a tensor-parallel group must run the same micro-batches"
+                f"last is {last}. All ranks of a tensor-parallel group must run the same micro-batches, and where "
+                "experts or context are spread, all ranks of a stage the same steps"
             )
         other = self._store.get(key).decode()
         if other != text:
             raise ValueError(
-                f"rank {rank} and rank {self._rank} of one tensor-parallel group differ about {what}: "
+                f"rank {rank} and rank {self._rank}, whose layers run together, differ about {what}: "
                 f"{_difference(json.loads(other), json.loads(text))}; start all ranks with the same ds_config, model "
                 "and packages"
             )

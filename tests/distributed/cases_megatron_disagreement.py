@@ -158,7 +158,7 @@ def _has_last(ctx: Context) -> bool:
 
 
 def _names_the_pair(ctx: Context, message: str) -> bool:
-    return f"rank {ctx.rank ^ 1} and rank {ctx.rank} of one tensor-parallel group" in message
+    return f"rank {ctx.rank ^ 1} and rank {ctx.rank}, whose layers run together," in message
 
 
 def _forward(decoder: nn.Module, length: int) -> Tensor:

@@ -31,6 +31,7 @@ from tests.plain_gpt import GPT
 @contextmanager
 def applied(ctx: Context, sequence_parallel: dict, **block: object) -> Iterator[Path]:
     """Inside, blocks that are built are switched; yields the log's path. Afterwards nothing is left."""
+    torch.distributed.barrier()  # the block before has written its file
     log = ctx.folder / f"{len(os.listdir(ctx.folder))}.jsonl"
     torch.distributed.barrier()  # all have counted the files before one is written
     block = {"sequence_parallel": sequence_parallel, "log": {"path": str(log)}, **block}

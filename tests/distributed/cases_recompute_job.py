@@ -30,6 +30,7 @@ STEPS, MICRO_BATCHES = 3, 6
 @contextmanager
 def applied(ctx: Context, recompute: dict, limit: str | int, **block: object) -> Iterator[Path]:
     """Inside, blocks that are built are planned; yields the log's path."""
+    torch.distributed.barrier()  # the block before has written its file
     log = ctx.folder / f"{len(os.listdir(ctx.folder))}.jsonl"
     torch.distributed.barrier()  # all have counted the files before one is written
     recompute = {"plan": {"save": None}, **recompute}

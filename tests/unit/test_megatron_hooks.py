@@ -18,7 +18,9 @@ from torch import nn
 
 import megatron_ext
 from megatron_ext import deepspeed_engine, hooks, job
+from megatron_ext.config import MemoryConfig
 from megatron_ext.locate import Located
+from megatron_ext.rank_memory import RankMemory, bytes_by_parameter
 from megatron_ext.sequence_parallel import switch
 from megatron_ext.sequence_parallel.micro_batch import MicroBatch, running
 
@@ -67,6 +69,7 @@ class Told:
 
     def __init__(self):
         self.adopted, self.vocabularies = [], []
+        self.memory = RankMemory(MemoryConfig(limit="1GB"), 1)
 
     def adopt(self, block):
         self.adopted.append(block)
@@ -110,14 +113,16 @@ def test_blocks_are_adopted_once_when_they_are_complete_also_by_a_derived_class(
     assert len(told.adopted[0].layers) == 1
 
 
-def test_vocabulary_is_told_by_the_model_whose_stage_has_logits(monkeypatch):
+def test_weights_and_vocabulary_are_told_by_the_model_whose_stage_has_logits(monkeypatch):
     module, told = a_module(), Told()
     hooks.install_gpt(module)
     monkeypatch.setattr(job, "current", lambda: told)
     block = module.TransformerBlock()
-    module.GPTModel(block, 64)
+    model = module.GPTModel(block, 64)
+    model.head = nn.Linear(2, 2, bias=False)
     module.GPTModel(block, 64, post_process=False)
     assert told.vocabularies == [(block, 64)]
+    assert told.memory.static() == bytes_by_parameter(model.head.parameters())
 
 
 def test_failure_of_the_original_is_not_followed_by_a_hook(monkeypatch):
