@@ -102,7 +102,7 @@ def what_is_much_longer_is_profiled_when_it_comes(ctx: Context) -> None:
     assert [row["length"] for row in rows if row["strategy"] == "ring"] == [16, 4, 256, 64]
 
 
-@case(ranks=(2, 4), strength=1, most_quick=2)
+@case(ranks=(2, 4), strength=1, most_quick=1)
 def a_saved_profile_has_every_layer(ctx: Context) -> None:
     """Of two chunks on a rank, or of two stages, that are not alike: none is lost, and each finds its own again."""
     narrow, wide = GPT(layers=2, ffn=32), GPT(layers=2, ffn=64)
@@ -129,7 +129,7 @@ def a_saved_profile_has_every_layer(ctx: Context) -> None:
                 run(load=str(profile))
 
 
-@case(ranks=(2,))
+@case(ranks=(2,), slow=True)
 def a_held_out_error_is_warned_of_once(ctx: Context) -> None:
     """Not with every longer sequence: a warning that comes with each is read as one more fault."""
     gpt, said = GPT(length=256), []
