@@ -44,7 +44,7 @@ def join(engine: Any, ds_config: Mapping[str, Any]) -> None:
     if running is None:
         return
     running.adopt_model(engine.module)
-    running.memory.count_steps(lambda: engine.global_steps)
+    running.memory.count_steps_of(engine)
     for block in running.blocks:
         if block in blocks:
             _sum_gradients(engine.module, group_of(block), running.on_close)

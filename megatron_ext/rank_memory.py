@@ -11,8 +11,10 @@ A limit that is known better than a share of the device is written down: ``megat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,31 +30,34 @@ class RankMemory:
 
     def __init__(self, config: MemoryConfig, ranks_on_node: int):
         self._config, self._ranks_on_node = config, ranks_on_node
-        self._modules: list[nn.Module] = []
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._engines: list[_EngineSteps] = []
         self._ended = 0
-        self._ended_elsewhere: Callable[[], int] = lambda: 0
         self._at_start: int | None = None
         """Allocated on the device when the step began that is running."""
         self._to_come = 0
-        """Gradients that were not there then, and the states that the first step makes."""
+        """What was not there then and will be: gradients, and the states that the first step makes."""
+        self._gradients: int | None = None
+        """Held when the last step ended, outside of Megatron-core's buffers; None before there was one."""
 
     def add(self, module: nn.Module) -> None:
         """A model or a part of one; parameters that are known already do not count again."""
-        self._modules.append(module)
+        self._modules.add(module)
 
-    def count_steps(self, ended: Callable[[], int]) -> None:
-        """Where no schedule of Megatron-core's runs the steps: what tells how many have ended."""
-        self._ended_elsewhere = ended
+    def count_steps_of(self, engine: Any) -> None:
+        """A DeepSpeed engine, which runs its steps without Megatron-core's schedules."""
+        self._engines.append(_EngineSteps(engine))
 
     @property
     def steps_ended(self) -> int:
-        """Since the job began."""
-        return self._ended + self._ended_elsewhere()
+        """In this process."""
+        return self._ended + sum(engine.ended() for engine in self._engines)
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
-        return next(p for module in self._modules for p in module.parameters()).device
+        """Of the parameters; the CPU where there is none."""
+        found = next((p for module in self._modules for p in module.parameters()), None)
+        return torch.device("cpu") if found is None else found.device
 
     @property
     def device_counts(self) -> bool:
@@ -87,6 +92,11 @@ class RankMemory:
             return self._at_start + self._to_come
         return torch.cuda.memory_allocated(self.device) + self._not_there_yet()
 
+    def room(self) -> int:
+        """Bytes that may be taken now, before what is to come is there."""
+        held = torch.cuda.memory_allocated(self.device) if self.device_counts else self.static()
+        return max(0, self.limit() - held)
+
     def held_since_start(self) -> int:
         """On the device, by what the step that is running has done so far."""
         assert self._at_start is not None
@@ -99,12 +109,14 @@ class RankMemory:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step."""
-        if self._modules and self.device_counts:
+        """Around forward and backward of each step that a schedule of Megatron-core's runs."""
+        if self.device_counts:
             self._at_start = torch.cuda.memory_allocated(self.device)
             self._to_come = self._not_there_yet()
         try:
             yield
+            if self._at_start is not None:
+                self._gradients = self._gradients_held()
             self._ended += 1
         finally:
             self._at_start = None
@@ -118,17 +130,42 @@ class RankMemory:
             self._at_start += torch.cuda.memory_allocated(self.device) - before
 
     def _not_there_yet(self) -> int:
-        """Gradients of parameters that have neither one nor a place in Megatron-core's buffers; until a step has ended,
+        """As many gradients as the last step left. Before it: those of all that trains, and until a step has ended
         optimizer states, which a job that goes on from a checkpoint has already: they count twice until then."""
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if self._gradients is not None:
+            return max(0, self._gradients - self._gradients_held())
+        trained = [p for p in self._parameters(in_training=True) if p.requires_grad]
         without = (p for p in trained if p.grad is None and not hasattr(p, "main_grad"))
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in without)
         states = 0 if self.steps_ended else STATE_BYTES * sum(parameter.numel() for parameter in trained)
         return gradients + states
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        found = {id(p): p for module in self._modules for p in module.parameters()}
+    def _gradients_held(self) -> int:
+        held = (p.grad for p in self._parameters() if p.grad is not None and not hasattr(p, "main_grad"))
+        return sum(gradient.numel() * gradient.element_size() for gradient in held)
+
+    def _parameters(self, *, in_training: bool = False) -> Iterator[nn.Parameter]:
+        """Each once. `in_training`: not of models that only evaluate, such as the reference of a reward."""
+        modules = (module for module in self._modules if module.training or not in_training)
+        found = {id(p): p for module in modules for p in module.parameters()}
         return iter(found.values())
+
+
+class _EngineSteps:
+    """Optimizer steps of an engine since it was first asked: a checkpoint brings the steps of the job before."""
+
+    def __init__(self, engine: Any):
+        self._engine = weakref.ref(engine)
+        self._before: int | None = None
+        self._last = 0
+
+    def ended(self) -> int:
+        engine = self._engine()
+        if engine is not None:
+            if self._before is None:
+                self._before = engine.global_steps
+            self._last = engine.global_steps - self._before
+        return self._last
 
 
 def bytes_by_parameter(parameters: Iterable[nn.Parameter]) -> int:

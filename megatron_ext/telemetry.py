@@ -31,6 +31,7 @@ logger = logging.getLogger("megatron_ext")
 
 DEFAULT_LOG_NAME = "megatron_ext.jsonl"
 _SUMMARY_SECONDS = 60.0
+_MOST_SUMMARY_SECONDS = 3600.0  # a job of weeks may have thousands of plans, and a line for each at a time
 _KEPT_MEASUREMENTS = 64  # of a plan: about 5 kB, and a job may have thousands of plans
 
 Phase = Literal["forward", "backward", "recomputed"]
@@ -172,8 +173,8 @@ class Telemetry:
         summary_seconds: float = _SUMMARY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`is_writer`: from the beginning, see :meth:`become_writer`. A summary is written `summary_seconds` after the
-        one before."""
+        """`is_writer`: from the beginning, see :meth:`become_writer`. The first summary is written after
+        `summary_seconds`, each next one after twice as long, up to an hour."""
         self.counters = Counters()
         self._config, self._path = config, config.path or DEFAULT_LOG_NAME
         with contextlib.suppress(OSError):  # a working directory that was deleted
@@ -262,6 +263,7 @@ class Telemetry:
 
     def _tell_plans(self) -> int:
         """How many were told."""
+        self._summary_seconds = min(2 * self._summary_seconds, _MOST_SUMMARY_SECONDS)
         self._next_summary = self._clock() + self._summary_seconds
         news = [plan for plan in self._plans.values() if plan.times > plan.told]
         for plan in news:

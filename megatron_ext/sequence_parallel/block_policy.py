@@ -69,8 +69,10 @@ class BlockPolicy:
         self._together: tuple[int, ...] = ()
         """What plans were made for, as :func:`.recomputed.layers_together` has it."""
         self._seen: set[tuple[int, int, tuple[str, ...]]] = set()
-        self._looked_at = 0
-        """Steps that had ended when memory was measured last."""
+        self._looked_at = -1
+        """Steps that had ended when memory was measured last in one."""
+        self._steps = 0
+        """That it could have been measured in."""
         self.vocabulary = 0
         """Of the whole tensor-parallel group, 0 where the block's stage has none."""
 
@@ -94,7 +96,7 @@ class BlockPolicy:
             self._prepare(batch, length)
         assert self._planner is not None
         assert self._costs is not None
-        if self._surroundings.memory.steps_ended != self._looked_at:
+        if self._surroundings.memory.steps_ended != self._looked_at and self._is_training:
             self._look_again()
         if batch * length > self._costs.reach:
             self._profile_also(batch, length)
@@ -110,6 +112,12 @@ class BlockPolicy:
         if key not in self._seen:
             self._first_time(key, plan, lengths)
         return plan.names
+
+    @property
+    def _is_training(self) -> bool:
+        """An evaluation holds other bytes than a step."""
+        assert self._switch is not None
+        return self._switch.block.training and torch.is_grad_enabled()
 
     def predicted(self) -> Plan | None:
         """The last plan."""
@@ -154,37 +162,37 @@ class BlockPolicy:
         )
         with self._surroundings.memory.stays():
             self._costs.start(batch, length)
-        self._looked_at = self._surroundings.memory.steps_ended
-        self._plan_with(self._tell_budget(self._measured_budget()))
+        if self._is_training:
+            self._looked_at = self._surroundings.memory.steps_ended
+        self._plan_with(self._tell_budget(*self._measured_budget()))
 
     def _look_again(self) -> None:
         """What a device holds is known better when the first step has made the optimizer's states, and may grow when
         steps that overflowed delayed them."""
         assert self._planner is not None
-        assert self._switch is not None
         memory = self._surroundings.memory
-        self._looked_at = memory.steps_ended
-        if not memory.device_counts or (self._looked_at > OFTEN and self._looked_at % SELDOM):
+        self._looked_at, self._steps = memory.steps_ended, self._steps + 1
+        if not memory.device_counts or (self._steps > OFTEN and self._steps % SELDOM):
             return
         before = self._planner.budget_bytes
-        measured = self._measured_budget()
-        # Recomputation has planned with all that these strategies leave.
-        can_grow = self._surroundings.recomputed(self._switch.block) is None
-        if measured[1] < before / CHANGED or (can_grow and measured[1] > before * CHANGED):
-            self._plan_with(self._tell_budget(measured))
+        own, planned_bytes = self._measured_budget()
+        if not before / CHANGED <= planned_bytes <= before * CHANGED:
+            self._plan_with(self._tell_budget(own, planned_bytes))
 
     def _measured_budget(self) -> tuple[budget.Budget, int]:
         """This rank's, and the bytes for activations that all ranks of the group have."""
         assert self._switch is not None
-        measured = budget.measure(self._surroundings.memory, self._switch.block.config)
-        # Ranks may measure a few bytes more or less; the least is everybody's.
-        device = self._surroundings.memory.device
-        least = torch.tensor([measured.activation_bytes], device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._switch.group)
-        return measured, int(least.item())
+        own = budget.measure(self._surroundings.memory, self._switch.block.config)
+        return own, self._least_of_group(own.activation_bytes)
 
-    def _tell_budget(self, measured: tuple[budget.Budget, int]) -> int:
-        own, planned_bytes = measured
+    def _least_of_group(self, number: int) -> int:
+        """Ranks may measure a few bytes more or less; the least is everybody's."""
+        assert self._switch is not None
+        least = torch.tensor([number], device=self._surroundings.memory.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._switch.group)
+        return int(least.item())
+
+    def _tell_budget(self, own: budget.Budget, planned_bytes: int) -> int:
         self._surroundings.telemetry.log.write("budget", **asdict(own), planned_bytes=planned_bytes)
         return planned_bytes
 
@@ -194,7 +202,7 @@ class BlockPolicy:
         assert self._costs is not None
         self._ready_to_profile(f"a profile of {batch} x {length} tokens", batch, length)
         with self._surroundings.memory.stays():
-            self._costs.extend(batch, length, self._planner.budget_bytes)
+            self._costs.extend(batch, length, self._least_of_group(self._surroundings.memory.room()))
         self._plan_with(self._planner.budget_bytes)
 
     def _ready_to_profile(self, what: str, batch: int, length: int) -> None:

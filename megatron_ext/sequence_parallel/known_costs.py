@@ -69,9 +69,9 @@ class KnownCosts:
                 self.reach = REACH * batch * length
         self._make_models()
 
-    def extend(self, batch: int, length: int, budget_bytes: int) -> None:
-        """Measure `length` too, under the strategies of which one layer keeps within `budget_bytes`; no plan that fits
-        has another."""
+    def extend(self, batch: int, length: int, room_bytes: int) -> None:
+        """Measure `length` too, under the strategies of which one layer fits into `room_bytes`; what the others cost is
+        known from shorter sequences."""
         lengths = more_lengths(length, self._switch.group.size(), self.reach / batch)
         for shape, (_, names) in self._layers.items():
             costs = {
@@ -80,7 +80,7 @@ class KnownCosts:
                 if shape.obstacle(name, batch, lengths[0]) is None
             }
             fitting = [
-                name for name, cost in costs.items() if cost.kept_bytes + cost.transient_bytes <= budget_bytes
+                name for name, cost in costs.items() if cost.kept_bytes + cost.transient_bytes <= room_bytes
             ]
             self._measure(shape, batch, lengths, fitting)
         self.reach = REACH * batch * length

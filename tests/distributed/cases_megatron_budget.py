@@ -88,20 +88,44 @@ def what_is_held_is_measured_again_when_states_are_there(ctx: Context) -> dict:
     return {"plans": [plan["layers"] for plan in plans]}
 
 
-@case(ranks=(2,))
-def strategies_leave_alone_what_recomputation_has_planned_with(ctx: Context) -> None:
-    """More room than was thought is recomputation's; less is everybody's."""
+@case(ranks=(2,), slow=True)
+def an_evaluation_is_not_what_a_step_holds(ctx: Context) -> None:
+    """Before the first step, and between steps when the device holds more for a while."""
     gpt, batch = GPT(), plain_gpt.make_batch(GPT(), 0)
     allocated = [STATIC]
-    recompute = {"policy": "none", "plan": {"save": None}}
+    with megatron_models.parallel_state(tp=2), pretended_device(allocated), applied(ctx) as log:
+        chunks = megatron_models.build(gpt)
+        for _ in range(2):
+            chunks[0].eval()
+            allocated[0] += 20_000_000
+            with torch.no_grad():
+                megatron_models.forward_backward(chunks, [batch], forward_only=True)
+            chunks[0].train()
+            allocated[0] -= 20_000_000
+            megatron_models.forward_backward(chunks, [batch])
+        megatron_models.forward_backward(chunks, [batch])
+        told = events(log, "budget")
+    statics = [STATIC + 20_000_000, STATIC + to_come(chunks), STATIC]
+    assert [budget["static_bytes"] for budget in told] == statics, told
+
+
+@case(ranks=(2,), slow=True)
+def what_does_not_fit_now_is_not_profiled(ctx: Context) -> None:
+    """States that are to come leave no budget, but room for a profile of what is longer than all before."""
+    gpt, allocated = GPT(length=256), [STATIC]
     with megatron_models.parallel_state(tp=2), pretended_device(allocated):
-        with applied(ctx, recompute=recompute) as log:
-            chunks = megatron_models.build(gpt)
-            for more in (0, 0, 20_000_000):
-                allocated[0] += more
-                megatron_models.forward_backward(chunks, [batch])
-            told = events(log, "budget")
-    assert [budget["static_bytes"] for budget in told] == [STATIC + to_come(chunks), STATIC + 20_000_000]
+        for room, fits in ((1_000, False), (5_000_000, True)):
+            allocated[0] = STATIC
+            with applied(ctx) as log:
+                chunks = megatron_models.build(gpt)
+                megatron_models.forward_backward(chunks, [plain_gpt.make_batch(gpt, 0, length=16)])
+                allocated[0] = LIMIT - room
+                megatron_models.forward_backward(chunks, [plain_gpt.make_batch(gpt, 0, length=256)])
+                (longer,) = events(log, "profile")[-1:]
+                assert bool(longer["strategies"]) == fits, longer
+            torch.distributed.barrier()
+            log.unlink(missing_ok=True)
+            torch.distributed.barrier()
 
 
 @case(ranks=(4,), slow=True)

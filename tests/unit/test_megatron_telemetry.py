@@ -204,10 +204,15 @@ def test_summary_comes_from_time_to_time_and_holds_what_is_new(path):
     clock.now = 60.0
     told.ran(1, 64, MIXED)
     assert [(line["length"], line["micro_batches"]) for line in lines(path, "summary")] == [(64, 2), (128, 1)]
+    for now, told_times in ((179.0, []), (180.0, [4]), (419.0, [4]), (420.0, [4, 6])):  # later and later
+        clock.now = now
+        told.ran(1, 64, MIXED)
+        assert [line["micro_batches"] for line in lines(path, "summary")[2:]] == told_times
+    clock.now = 1e6
     told.ran(1, 64, MIXED)
-    clock.now = 120.0
+    clock.now += 3600.0  # but every hour
     told.ran(1, 64, MIXED)
-    assert [(line["length"], line["micro_batches"]) for line in lines(path, "summary")[2:]] == [(64, 4)]
+    assert len(lines(path, "summary")[2:]) == 4
 
 
 def test_counters_tell_what_changed_and_everything_at_the_end(path):
@@ -217,7 +222,7 @@ def test_counters_tell_what_changed_and_everything_at_the_end(path):
     for length in (64, 128, 64):
         told.planned(1, length, ["ring"], seconds=0.5, peak_bytes=1000)
         told.counters.count("ring", length, "forward")
-        clock.now += 60.0
+        clock.now += 3600.0
         told.ran(1, length, ["ring"])
     told.close()
     found = [
@@ -238,7 +243,7 @@ def test_report_adds_up_counters_of_all_lines(path, is_cut):
     for length in (64, 128, 64):
         told.planned(1, length, ["ring"], seconds=0.5, peak_bytes=1000)
         told.counters.count("ring", length, "forward")
-        clock.now += 60.0
+        clock.now += 3600.0
         told.ran(1, length, ["ring"])
     told.close()
     if is_cut:
