@@ -45,9 +45,9 @@ from .running_pipeline import opens_more, own_chunks, own_stage, pipeline_of
 from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .stage import all_layers, chunk_plans, fraction_of, problem_of, spread
-from .stage_facts import StagePlan
 from .stage_memory import StageProblem
 from .stage_peak import peak_in_order, solve_in_order
+from .stage_plan import StagePlan
 from .storyteller import Storyteller
 
 logger = logging.getLogger("megatron_ext")

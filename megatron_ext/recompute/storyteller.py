@@ -24,9 +24,9 @@ from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .solver import Solution
 from .stage import recompute_seconds_by_chunk
-from .stage_facts import StagePlan
 from .stage_memory import LayerClass, StageProblem
 from .stage_peak import peak_in_order
+from .stage_plan import StagePlan
 
 logger = logging.getLogger("megatron_ext")
 
