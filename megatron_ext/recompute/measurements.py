@@ -129,6 +129,14 @@ class Measurements:
             for layer, strategy in zip(block.layers, self._strategies[block], strict=True)
         ]
 
+    def typical_layer(self) -> nn.Module:
+        """The first of the most frequent class."""
+        pairs = [
+            pair for block in self._loops for pair in zip(self.classes_of(block), block.layers, strict=True)
+        ]
+        ((kind, _),) = Counter(key for key, _ in pairs).most_common(1)
+        return next(layer for key, layer in pairs if key == kind)
+
     def layer_classes(self, size: Size, *, saved_only: bool = False) -> dict[Class, LayerClass]:
         """Options of each class at another size; see :func:`.stage.layer_class`."""
         return {

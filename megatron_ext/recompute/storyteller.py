@@ -94,6 +94,7 @@ class Storyteller:
             layer_options=tuple(asdict(option) for option in _most_frequent(problem).options),
             layer_static_bytes=layer_static_bytes,
             outside_bytes=tuple(chunk.outside_bytes for chunk in problem.chunks),
+            frozen=not solution.fits,  # it will not be verified
         )
         self._planned(fact, solved_in=solved_in, gap_seconds=solution.gap_seconds)
 

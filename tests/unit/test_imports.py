@@ -210,6 +210,7 @@ ORDER = """
     megatron_ext.recompute.advice
     megatron_ext.recompute.storyteller
     megatron_ext.recompute.held
+    megatron_ext.recompute.overshoot
     megatron_ext.recompute.recomputation
     megatron_ext.recompute.emulator
     megatron_ext.recompute.measured_stage
