@@ -196,13 +196,17 @@ class Recomputation:
 
     def forward_begins(self) -> None:
         """One forward pass of the schedule."""
-        if self._held.is_watching and self._measurements and self._probing:
+        if self._counts_outside:
             self._measurements.forward_begins(self._held.device)
 
     def forward_ended(self) -> None:
         """It has ended."""
-        if self._held.is_watching and self._measurements and self._probing:
+        if self._counts_outside:
             self._measurements.forward_ended(self._held.device, self._held.activations())
+
+    @property
+    def _counts_outside(self) -> bool:
+        return self._held.is_watching and self._probing and self.is_measured
 
     @property
     def _looks_again(self) -> bool:
@@ -248,10 +252,11 @@ class Recomputation:
             loop.plan, loop.number = all_layers(len(block.layers)), 0
 
     def _arrived(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
-        """A micro-batch: nothing to do but for the first, and for one that is larger than all before."""
+        """A micro-batch: nothing to do but for the first, and for one that is larger than all before. A chunk without
+        layers knows no strategies, so it leaves that to the next one."""
         cut = group_of(block).size() if block.config.sequence_parallel else 1
         size = Size(hidden.shape[1], hidden.shape[0] * cut)
-        if not self.is_measured or self._sizes.covers(size):
+        if not self.is_measured or not len(block.layers) or self._sizes.covers(size):
             return
         is_first = self._sizes.largest is None
         if self._is_wide and not is_first:
@@ -296,17 +301,16 @@ class Recomputation:
         self._use(chunk_plans(problem, solution))
         self._frozen = not self._fits
         assert self._pipeline is not None
-        layers = [self._measurements.seconds(block, self._sizes.planned) for block in self._loops]
-        outside = [self._measurements.outside_seconds(block, self._sizes.planned) for block in self._loops]
+        size = self._sizes.planned
         self._story.measured_plan(
             self._pipeline,
             self.plans,
             problem,
             solution,
-            layers,
-            outside,
+            [self._measurements.seconds(block, size) for block in self._loops],
+            [self._measurements.outside_seconds(block, size) for block in self._loops],
             bytes_by_parameter(self._measurements.typical_layer().parameters()),
-            self._sizes.planned,
+            size,
             solved_in,
         )
 
