@@ -28,7 +28,7 @@ from ds_grass.report.axes import (
     unit_of,
 )
 from ds_grass.telemetry.human import gigabytes
-from megatron_ext.recompute.stage_facts import StagePlan
+from megatron_ext.recompute.stage_plan import StagePlan
 from megatron_ext.recompute.timeline import Interval, Timeline
 from megatron_ext.recompute_report import Stages, error_of, layer_counts
 

@@ -20,8 +20,8 @@ from pydantic import TypeAdapter
 
 from megatron_ext.recompute.plan import NONE, ChunkPlan, Share
 from megatron_ext.recompute.schedule import Pipeline
-from megatron_ext.recompute.stage_facts import StagePlan
 from megatron_ext.recompute.stage_memory import Option
+from megatron_ext.recompute.stage_plan import StagePlan
 from megatron_ext.recompute.timeline import Timeline
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from functools import cache
 from .layout_advice import Advice, advise
 from .schedule import Pipeline
 from .stage import problem_of
-from .stage_facts import StagePlan
 from .stage_memory import LayerClass, Option
 from .stage_peak import solve_in_order
+from .stage_plan import StagePlan
 from .timeline import StageTimes, Timeline, compose
 
 BACKWARD_OVER_FORWARD = 2.0

@@ -129,6 +129,14 @@ class Measurements:
             for layer, strategy in zip(block.layers, self._strategies[block], strict=True)
         ]
 
+    def typical_layer(self) -> nn.Module:
+        """The first of the most frequent class."""
+        pairs = [
+            pair for block in self._loops for pair in zip(self.classes_of(block), block.layers, strict=True)
+        ]
+        ((kind, _),) = Counter(key for key, _ in pairs).most_common(1)
+        return next(layer for key, layer in pairs if key == kind)
+
     def layer_classes(self, size: Size, *, saved_only: bool = False) -> dict[Class, LayerClass]:
         """Options of each class at another size; see :func:`.stage.layer_class`."""
         return {
@@ -151,9 +159,7 @@ class Measurements:
         began, numbers = self._began
         for (block, loop), number in zip(self._loops.items(), numbers, strict=False):
             if loop.number == number + 1 >= 2:
-                assert self.size is not None
-                in_layers, _ = self.seconds(block, self.size)
-                outside = max(0.0, _now(device) - began - in_layers)
+                outside = max(0.0, _now(device) - began - self._seconds_in_layers(block))
                 # The quickest of the step: whatever else the machine does only adds.
                 self._outside_seconds[block] = min(outside, self._outside_seconds.get(block, outside))
         self._count_outside(saved_bytes)
@@ -187,8 +193,17 @@ class Measurements:
         growth = 1.0 if self.size is None else size.tokens / self.size.tokens
         return [round(self._outside.get(block, 0) * growth) for block in self._loops]
 
+    def _seconds_in_layers(self, block: nn.Module) -> float:
+        """Of one forward. A chunk without layers may come before any is measured, also below."""
+        if not len(block.layers):
+            return 0.0
+        assert self.size is not None
+        return self.seconds(block, self.size)[0]
+
     def _inputs_of(self, block: nn.Module) -> int:
         """What a micro-batch keeps where all layers are recomputed."""
+        if not len(block.layers):
+            return 0
         assert self.size is not None
         return sum(self.row(layer, FULL, self.size).kept_bytes for layer in self.classes_of(block))
 

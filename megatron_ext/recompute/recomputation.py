@@ -6,9 +6,9 @@ At the start of the second step weights, gradients and optimizer states are ther
 open micro-batches the stage's problem is whole, and solved. That step is verified: what it held is compared with what
 was predicted, and with the limit. A plan that held is frozen; one that did not gets less memory, and is verified again.
 More micro-batches at once or longer sequences are planned for anew, from the same measurements. Where the device
-counts, so are optimizer states that come late and a frozen step that held more than the limit. Where data-parallel
-ranks must hold one plan (:mod:`.planning_group`) they plan between steps only: until then a longer sequence runs under
-the plan that is there, which may not be enough for it.
+counts, so are optimizer states that come late and a frozen step that held more than the limit. A step that held more
+because a longer sequence came is not judged. Where data-parallel ranks must hold one plan (:mod:`.planning_group`) they
+plan between steps only: until then a longer sequence runs under the plan that is there, which may not be enough for it.
 
 Policies that follow a rule, and plans read from a file, are not measured, only verified.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -37,17 +37,18 @@ from .largest_size import LargestSize
 from .layer_classes import allowed_modules, layers_that_train
 from .layer_loop import LayerLoop
 from .measurements import Measurements
+from .overshoot import Overshoot
 from .plan import ChunkPlan
 from .planning_group import News, are_equal, is_spread
-from .policies import layers_recomputed
-from .refusals import NothingFits, check_config, nothing_fits, plans_of_file
+from .refusals import check_config, nothing_fits, plans_of_file
 from .running_pipeline import opens_more, own_chunks, own_stage, pipeline_of
-from .schedule import Pipeline, open_counts
+from .schedule import Pipeline
 from .sizes import Size
-from .stage import all_layers, chunk_plans, fraction_of, problem_of, spread
-from .stage_facts import StagePlan
+from .solver import Solution
+from .stage import all_layers, chunk_plans, everything_recomputed, fraction_of, problem_of, rule_plans
 from .stage_memory import StageProblem
 from .stage_peak import peak_in_order, solve_in_order
+from .stage_plan import StagePlan
 from .storyteller import Storyteller
 
 logger = logging.getLogger("megatron_ext")
@@ -80,10 +81,9 @@ class Recomputation:
         self._predicted: int | None = None
         self._static = 0
         """Weights, gradients and optimizer states that the plan counts with."""
-        self._over = 0
-        """Bytes by which the last frozen step went over the limit, where the device counts."""
-        self._less = 0
-        """Bytes taken off the limit since a step held more than was predicted."""
+        self._overshoot = Overshoot(self._held)
+        self._fits = True
+        """Whether the plan is to hold the limit; else everything is recomputed, and nothing more can be done."""
         self._plans_made = 0
         self._probing = True
         """No plan yet: everything is recomputed."""
@@ -174,12 +174,13 @@ class Recomputation:
                 self._make_plan()
         elif self._looks_again:
             self._look_again(news)
-        watching = not self._frozen
+        watching, plans_made = not self._frozen, self._plans_made
         if not watching:
             self.own_seconds += time.perf_counter() - start
         with self._held.watched() if watching else self._noticing_peaks():
             yield
-        if watching and not self._probing:
+        # A step in which another plan was made tells nothing of either; the next one will.
+        if watching and not self._probing and self._plans_made == plans_made:
             self._verify()
 
     @contextmanager
@@ -195,24 +196,28 @@ class Recomputation:
 
     def forward_begins(self) -> None:
         """One forward pass of the schedule."""
-        if self._held.is_watching and self._measurements and self._probing:
+        if self._counts_outside:
             self._measurements.forward_begins(self._held.device)
 
     def forward_ended(self) -> None:
         """It has ended."""
-        if self._held.is_watching and self._measurements and self._probing:
+        if self._counts_outside:
             self._measurements.forward_ended(self._held.device, self._held.activations())
+
+    @property
+    def _counts_outside(self) -> bool:
+        return self._held.is_watching and self._probing and self.is_measured
 
     @property
     def _looks_again(self) -> bool:
         """Whether a frozen plan is still looked at when a step begins."""
-        return self._frozen and self.is_measured and self._held.counts_everything
+        return self._frozen and self.is_measured and self._held.counts_everything and self._fits
 
     def _news(self, micro_batches: int) -> News:
         """What may ask for another plan: of all ranks where that takes nothing more, in a wide group, else of this."""
         if not self.is_measured:
             return News(micro_batches)
-        static, over = (self._held.static(), self._over) if self._looks_again else (0, 0)
+        static, over = (self._held.static(), self._overshoot.last) if self._looks_again else (0, 0)
         own = News(micro_batches, self._sizes.waiting, self._trains_others(), static, over)
         return own.of_all(self._held.most_of_group) if self._is_wide else own
 
@@ -221,28 +226,16 @@ class Recomputation:
         static, over = news.static_bytes, news.over_bytes
         if not self._is_wide:
             static, over = self._held.most_of_group(static, over)
-        self._over = 0
-        if not over and static <= _GREW * self._static:
-            return
-        self._less += over
-        try:
+        if over or static > _GREW * self._static:
+            self._overshoot.take_off(over)
             self._make_plan()
-        except NothingFits as error:  # so far it has run, so it may go on
-            logger.warning("%s; until then every layer is recomputed", error)
-            self._use([all_layers(len(block.layers)) for block in self._loops])
-            self._frozen = True
 
-    @contextmanager
-    def _noticing_peaks(self) -> Iterator[None]:
-        """Around a step whose plan is frozen. Costs nothing, and sees what is higher than all since the plan was
-        verified."""
-        if not (self._held.counts_everything and self.is_measured):
-            yield
-            return
-        before = self._held.peak()
-        yield
-        peak = self._held.peak()
-        self._over = max(0, peak - self._held.limit()) if peak > before else 0
+    def _noticing_peaks(self) -> AbstractContextManager[None]:
+        """Around a step whose plan is frozen."""
+        if not self._looks_again:
+            return nullcontext()
+        plans_made = self._plans_made
+        return self._overshoot.noticed(lambda: self._plans_made == plans_made)
 
     def _trains_others(self) -> bool:
         """Whether weights were frozen or freed since."""
@@ -254,14 +247,16 @@ class Recomputation:
         self._probing, self._frozen = True, False
         self._sizes.forget()
         self._measurements.forget()
+        self._overshoot.forget()
         for block, loop in self._loops.items():
             loop.plan, loop.number = all_layers(len(block.layers)), 0
 
     def _arrived(self, block: nn.Module, hidden: Tensor, options: dict[str, Any]) -> None:
-        """A micro-batch: nothing to do but for the first, and for one that is larger than all before."""
+        """A micro-batch: nothing to do but for the first, and for one that is larger than all before. A chunk without
+        layers knows no strategies, so it leaves that to the next one."""
         cut = group_of(block).size() if block.config.sequence_parallel else 1
         size = Size(hidden.shape[1], hidden.shape[0] * cut)
-        if not self.is_measured or self._sizes.covers(size):
+        if not self.is_measured or not len(block.layers) or self._sizes.covers(size):
             return
         is_first = self._sizes.largest is None
         if self._is_wide and not is_first:
@@ -301,23 +296,31 @@ class Recomputation:
         solution = solve_in_order(problem)
         solved_in = time.perf_counter() - start
         if not solution.fits:
-            raise NothingFits(nothing_fits(problem, own_stage(), self._sizes.planned))
-        self._predicted = solution.peak_bytes
+            solution = self._where_nothing_fits(problem)
+        self._fits, self._predicted = solution.fits, solution.peak_bytes
         self._use(chunk_plans(problem, solution))
+        self._frozen = not self._fits
         assert self._pipeline is not None
-        layers = [self._measurements.seconds(block, self._sizes.planned) for block in self._loops]
-        outside = [self._measurements.outside_seconds(block, self._sizes.planned) for block in self._loops]
+        size = self._sizes.planned
         self._story.measured_plan(
             self._pipeline,
             self.plans,
             problem,
             solution,
-            layers,
-            outside,
-            bytes_by_parameter(self._held.block.layers[0].parameters()),
-            self._sizes.planned,
+            [self._measurements.seconds(block, size) for block in self._loops],
+            [self._measurements.outside_seconds(block, size) for block in self._loops],
+            bytes_by_parameter(self._measurements.typical_layer().parameters()),
+            size,
             solved_in,
         )
+
+    def _where_nothing_fits(self, problem: StageProblem) -> Solution:
+        """A job that has run by a plan may go on. ValueError before the first one, when more can still be given."""
+        reason = nothing_fits(problem, own_stage(), self._sizes.planned)
+        if not self._plans_made:
+            raise ValueError(reason)
+        logger.warning("%s; until then every layer is recomputed", reason)
+        return everything_recomputed(problem)
 
     def _follow_rule(self) -> None:
         """A rule's plan, or the one of a file."""
@@ -325,18 +328,16 @@ class Recomputation:
         layers = self._story.layers_by_stage()
         if self._config.plan.load:
             plans = plans_of_file(self._config.plan.load, layers, own_stage(), self._loops)
-            self._use(plans)
         else:
-            windows = [sum(open_counts(self._pipeline, stage)) for stage in range(self._pipeline.stages)]
-            counts = layers_recomputed(
-                self._config.policy, self._config.ratio or 0.0, windows, [sum(counts) for counts in layers]
-            )
-            self._use(spread(counts[own_stage()], [len(block.layers) for block in self._loops]))
+            ratio = self._config.ratio or 0.0
+            plans = rule_plans(self._config.policy, ratio, self._pipeline, own_stage(), layers)
+        self._use(plans)
         self._story.plan_of_rule(self._pipeline, self.plans, self._held.limit())
 
     def _use(self, plans: Sequence[ChunkPlan]) -> None:
         """Ranks that replay collectives together must run the same."""
         self._plans_made += 1
+        self._overshoot.last = 0  # was another plan's
         self._probing = self._frozen = False
         self._agree(f"recomputation plan {self._plans_made}", [plan.digest() for plan in plans])
         for loop, plan in zip(self._loops.values(), plans, strict=True):
@@ -364,7 +365,7 @@ class Recomputation:
             self._measurements.layer_classes(self._sizes.planned, saved_only=saved_only),
             outside,
             static,
-            -of_limit - self._less,
+            -of_limit - self._overshoot.taken_off,
             saved_only=saved_only,
         )
 
@@ -374,10 +375,12 @@ class Recomputation:
         """What the step held, against the prediction and the limit."""
         measured, limit = self._held.peak(), self._held.limit()
         predicted = self._predicted if self._held.counts_everything else self._predicted_saved()
-        (over,) = self._held.most_of_group(max(0, measured - limit))
+        over, waits = self._held.most_of_group(max(0, measured - limit), int(self._sizes.waiting is not None))
+        if waits:  # it ran for less than what came, and the next step will have another plan
+            return
         if over and self.is_measured:
             self._story.verified(measured, predicted, limit, frozen=False)
-            self._less += over
+            self._overshoot.take_off(over)
             self._make_plan()
             return
         self._frozen = True

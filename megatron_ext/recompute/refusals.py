@@ -28,10 +28,6 @@ _KEYS = (
 )
 
 
-class NothingFits(ValueError):
-    """Even with everything recomputed the limit is exceeded."""
-
-
 def check_config(config: Any) -> None:
     """`config`: the model's TransformerConfig."""
     for key in _KEYS:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from ..sequence_parallel.layer_shape import LayerShape
 from .plan import FULL, NONE, ChunkPlan, Share, parse_choice
+from .policies import layers_recomputed
 from .probe import Measured
 from .schedule import Pipeline, corners, open_counts
 from .sizes import Size, scaled
 from .solver import Solution
-from .stage_memory import ChunkLayers, Fraction, LayerClass, Option, StageProblem
-from .stage_peak import least_in_order
+from .stage_memory import ChunkLayers, Fraction, LayerClass, Option, StageProblem, recompute_seconds
+from .stage_peak import least_in_order, peak_in_order
 
 LEAST_SHARE = 0.01
 """Of a layer's forward: what recomputing anything takes at least, whatever a noisy clock says."""
@@ -144,6 +145,13 @@ def recompute_seconds_by_chunk(problem: StageProblem, plans: Sequence[ChunkPlan]
     return tuple(found)
 
 
+def everything_recomputed(problem: StageProblem) -> Solution:
+    """Every layer in full, whether that fits or not."""
+    names = tuple((FULL,) * len(chunk.classes) for chunk in problem.chunks)
+    peak = peak_in_order(problem, names)
+    return Solution(names, None, recompute_seconds(problem, names), peak, peak <= problem.limit_bytes)
+
+
 def least_peak(problem: StageProblem) -> int:
     """What the stage needs with everything recomputed: close to the least that a plan can do with, and enough."""
     return least_in_order(problem).peak_bytes
@@ -157,6 +165,15 @@ def all_layers(layers: int) -> ChunkPlan:
 def first_layers(count: int, layers: int) -> ChunkPlan:
     """Megatron-core's own order: the first `count` of `layers` are recomputed in full."""
     return ChunkPlan((FULL,) * count + (NONE,) * (layers - count))
+
+
+def rule_plans(
+    policy: str, ratio: float, pipeline: Pipeline, stage: int, layers: Sequence[Sequence[int]]
+) -> list[ChunkPlan]:
+    """Of one stage's chunks by a rule (:mod:`.policies`); `layers`: of each chunk of each stage."""
+    windows = [sum(open_counts(pipeline, number)) for number in range(pipeline.stages)]
+    counts = layers_recomputed(policy, ratio, windows, [sum(chunks) for chunks in layers])
+    return spread(counts[stage], layers[stage])
 
 
 def spread(count: int, layers: Sequence[int]) -> list[ChunkPlan]:

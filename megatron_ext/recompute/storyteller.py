@@ -24,9 +24,9 @@ from .schedule import Pipeline, open_counts
 from .sizes import Size
 from .solver import Solution
 from .stage import recompute_seconds_by_chunk
-from .stage_facts import StagePlan
 from .stage_memory import LayerClass, StageProblem
 from .stage_peak import peak_in_order
+from .stage_plan import StagePlan
 
 logger = logging.getLogger("megatron_ext")
 
@@ -94,6 +94,7 @@ class Storyteller:
             layer_options=tuple(asdict(option) for option in _most_frequent(problem).options),
             layer_static_bytes=layer_static_bytes,
             outside_bytes=tuple(chunk.outside_bytes for chunk in problem.chunks),
+            frozen=not solution.fits,  # it will not be verified
         )
         self._planned(fact, solved_in=solved_in, gap_seconds=solution.gap_seconds)
 

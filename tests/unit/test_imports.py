@@ -206,10 +206,11 @@ ORDER = """
     megatron_ext.recompute.stage
     megatron_ext.recompute.refusals
     megatron_ext.recompute.measurements
-    megatron_ext.recompute.stage_facts
+    megatron_ext.recompute.stage_plan
     megatron_ext.recompute.advice
     megatron_ext.recompute.storyteller
     megatron_ext.recompute.held
+    megatron_ext.recompute.overshoot
     megatron_ext.recompute.recomputation
     megatron_ext.recompute.emulator
     megatron_ext.recompute.measured_stage

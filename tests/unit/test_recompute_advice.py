@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.recompute.advice import composed, layout_advice
-from megatron_ext.recompute.stage_facts import StagePlan
+from megatron_ext.recompute.stage_plan import StagePlan
 
 LAYERS, STAGES = 8, 4
 OPTIONS = (

@@ -11,7 +11,7 @@ import pytest
 from megatron_ext import cli, recompute_pictures
 from megatron_ext.config import LogConfig
 from megatron_ext.recompute.schedule import Pipeline, open_counts
-from megatron_ext.recompute.stage_facts import StagePlan
+from megatron_ext.recompute.stage_plan import StagePlan
 from megatron_ext.recompute_report import Stages, error_of, in_words, layer_counts, parse_stages
 from megatron_ext.report import ReportError, read_run
 from megatron_ext.telemetry import Telemetry

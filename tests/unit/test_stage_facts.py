@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 from torch.distributed import HashStore
 
-from megatron_ext.recompute.stage_facts import StagePlan
+from megatron_ext.recompute.stage_plan import StagePlan
 from megatron_ext.stage_facts import StageFacts
 
 
