@@ -4,6 +4,8 @@ Contract: no collective, an answer within `timeout_s` seconds. Every rank of a g
 the others'; all ranks that differ raise the same sentence, with global ranks. A rank that never posts is named with
 what it posted last: it runs another micro-batch.
 
+In a large group :meth:`Board.compare_with_first` reads less: the first rank reads all, the others read the first.
+
 The store does not grow with a job: a rank deletes what it posted as soon as no peer can still read it. A peer that has
 posted a fact is done with the facts before, whether it found them equal or not. So when all have posted one, the own
 keys before it go; a comparison that failed deletes nothing, for peers may still come to read it.
@@ -40,6 +42,14 @@ class Board:
 
     def compare(self, what: str, fact: Any) -> None:
         """Return when all ranks have posted an equal `fact` for `what`; ValueError or RuntimeError names the others."""
+        self._compare(what, fact, self._ranks)
+
+    def compare_with_first(self, what: str, fact: Any) -> None:
+        """As :meth:`compare`, but of ranks that differ only those with another fact than the first, and the first, are
+        told. Each rank reads one answer, the first all."""
+        self._compare(what, fact, self._ranks if self._rank == self._ranks[0] else self._ranks[:1])
+
+    def _compare(self, what: str, fact: Any, whom: Sequence[int]) -> None:
         if len(self._ranks) == 1:
             return
         self._times[what] += 1
@@ -50,10 +60,12 @@ class Board:
         self._store.set(own, text)
         self._store.set(self._key("latest", self._rank), what)
         before, self._posted = self._posted, [*self._posted, own]
-        peers = [rank for rank in self._ranks if rank != self._rank]
+        peers = [rank for rank in whom if rank != self._rank]
         self._wait(lambda: self._store.check([self._key(what, rank) for rank in peers]))
         for rank in peers:
             self._compare_with(rank, what, text)
+        if len(peers) < len(self._ranks) - 1:  # of the others it is not known what they have read
+            return
         self._delete(before)
         self._posted = [own]
 

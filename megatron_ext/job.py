@@ -54,6 +54,8 @@ class Job:
         self._profiles = SavedProfiles(path, self.telemetry, f"megatron_ext/{self._number}")
         self._policies: dict[nn.Module, BlockPolicy] = {}
         self._stopwatch = Stopwatch()
+        self._has_compared = False
+        """Whether ranks that hold one recomputation plan have compared their settings."""
         self.on_close = contextlib.ExitStack()
         """What else must be taken out with the job."""
         atexit.register(self._stopwatch.poll)  # before the telemetry's own, which was registered first
@@ -65,6 +67,7 @@ class Job:
 
     def adopt(self, block: nn.Module) -> None:
         """Let plans decide for this block. Raises ValueError where the model and the config cannot work together."""
+        self._compare_recompute(block)
         if not self.config.sequence_parallel.enabled and self.recomputation is None:
             return
         compat.check()
@@ -133,6 +136,19 @@ class Job:
             self.memory,
             self._layers_recomputed,
         )
+
+    def _compare_recompute(self, block: nn.Module) -> None:
+        """Once, on every rank that has a job, also one that recomputes nothing by plan: the others would wait for it in
+        a collective. Limits may differ, and so may the file that one rank writes."""
+        if self._has_compared or not dist.is_initialized():
+            return
+        settings = self.config.recompute
+        fact: dict[str, Any] = {"enabled": False}
+        if settings is not None and settings.enabled:
+            fact = settings.model_dump(mode="json", exclude={"plan": {"save"}})
+        board = self._board(block, "settings", planning_group(block))
+        board.compare_with_first("the recompute settings", _by_key(fact, "megatron_ext.recompute"))
+        self._has_compared = True
 
     def _layers_recomputed(self, block: nn.Module) -> tuple[int, ...] | None:
         return None if self.recomputation is None else self.recomputation.layers_recomputed(block)

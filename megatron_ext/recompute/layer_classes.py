@@ -46,6 +46,17 @@ def _settings(layer: nn.Module, attention: Any) -> tuple[Hashable, ...]:
     return str(kind), bool(skipped and skipped[number]), tuple(window) if window and seen else None
 
 
+def writes_scores(layer: nn.Module) -> bool:
+    """Whether its attention may keep a number for each pair of tokens. Transformer Engine's does not, unless it is told
+    to; of attention that is not known it is to be feared."""
+    core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+    if core is None:
+        return False
+    backend = getattr(getattr(layer, "config", None), "attention_backend", None)
+    is_engine = type(core).__module__ == "megatron.core.extensions.transformer_engine"
+    return not is_engine or getattr(backend, "name", None) == "unfused"
+
+
 def layers_that_train(blocks: Iterable[nn.Module]) -> tuple[bool, ...]:
     """For each layer of these blocks, whether any of its weights is trained."""
     return tuple(

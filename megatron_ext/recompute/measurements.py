@@ -23,7 +23,7 @@ from ..sequence_parallel.names import NATIVE
 from ..sequence_parallel.shape_of import shape_of
 from ..sequence_parallel.switch import group_of
 from ..telemetry import Telemetry
-from .layer_classes import allowed_modules, choices, signature
+from .layer_classes import allowed_modules, choices, signature, writes_scores
 from .layer_loop import LayerLoop
 from .plan import FULL, NONE
 from .planning_group import planning_group
@@ -96,7 +96,8 @@ class Measurements:
                     continue
                 with running_batch.running(aside if here else None):
                     rows = self._measured(layer, key[1], hidden, options)
-                known = Known(tuple(rows), size, _shape(layer, group_of(block).size()), key[1])
+                shape = _shape(layer, group_of(block).size())
+                known = Known(tuple(rows), size, shape, key[1], writes_scores(layer))
                 most = most_of_group(
                     known.at(largest) if is_made_up else rows, planning_group(block), hidden.device
                 )
@@ -227,5 +228,5 @@ def _stretched(names: Sequence[str], count: int) -> tuple[str, ...]:
 def _shape(layer: nn.Module, size: int) -> LayerShape | None:
     try:
         return shape_of(layer, size)
-    except AttributeError:  # a layer without attention or feed-forward
+    except AttributeError:  # another attention (a latent one has no linear_qkv), or none
         return None

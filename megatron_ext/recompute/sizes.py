@@ -1,7 +1,9 @@
 """What was measured at one size, at another: in proportion to what the closed forms say of both.
 
 A layer keeps so many bytes a token, and where attention writes its scores out, so many a pair of tokens
-(:mod:`megatron_ext.sequence_parallel.memory_forms`). What is recomputed in full keeps its input. Contract: pure.
+(:mod:`megatron_ext.sequence_parallel.memory_forms`). What is recomputed in full keeps its input. Of a layer that the
+closed forms do not know (one with latent attention), the two parts are not told apart: it gets the larger growth of
+both, which is never too little, whether the size grows or shrinks. Contract: pure.
 """
 
 from __future__ import annotations
@@ -51,12 +53,23 @@ class Size:
         return min(candidates, key=lambda size: (size.tokens, size.pairs))
 
 
-def scaled(measured: Measured, shape: LayerShape, strategy: str, before: Size, after: Size) -> Measured:
-    """The measurement of size `before`, for `after`."""
+def scaled(
+    measured: Measured,
+    shape: LayerShape | None,
+    strategy: str,
+    before: Size,
+    after: Size,
+    *,
+    writes_scores: bool = True,
+) -> Measured:
+    """The measurement of size `before`, for `after`. `writes_scores`: of a layer without a shape."""
     if before == after:
         return measured
     tokens = after.tokens / before.tokens
-    whole = _form(shape, strategy, after) / _form(shape, strategy, before)
+    if shape is not None:
+        whole = _form(shape, strategy, after) / _form(shape, strategy, before)
+    else:
+        whole = max(tokens, after.pairs / before.pairs) if writes_scores else tokens
     if measured.choice == FULL:
         kept, transient = tokens, whole
     elif "core_attn" in parse_choice(measured.choice):

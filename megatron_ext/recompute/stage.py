@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..sequence_parallel.layer_shape import LayerShape
 from .plan import FULL, NONE, ChunkPlan, Share, parse_choice
@@ -26,22 +26,17 @@ class Known:
     measured: tuple[Measured, ...]
     size: Size
     shape: LayerShape | None
-    """None: a layer that the closed forms do not know; it is then known at this size only."""
+    """None: a layer that the closed forms do not know."""
     strategy: str
+    writes_scores: bool = True
+    """As :func:`.layer_classes.writes_scores`; read where there is no shape."""
 
     def at(self, size: Size) -> tuple[Measured, ...]:
         """The measurements for another size."""
-        if self.shape is None:
-            growth = size.pairs / self.size.pairs  # the most that it can be
-            return tuple(
-                replace(
-                    row,
-                    kept_bytes=round(row.kept_bytes * growth),
-                    transient_bytes=round(row.transient_bytes * growth),
-                )
-                for row in self.measured
-            )
-        return tuple(scaled(row, self.shape, self.strategy, self.size, size) for row in self.measured)
+        return tuple(
+            scaled(row, self.shape, self.strategy, self.size, size, writes_scores=self.writes_scores)
+            for row in self.measured
+        )
 
 
 def layer_class(name: str, rows: Sequence[Measured], *, saved_only: bool = False) -> LayerClass:

@@ -94,6 +94,58 @@ def test_ranks_that_differ_the_second_time_are_named():
     assert all("differ about the plan (time 2): " in text for text in found)
 
 
+def compared_with_first(facts: dict[int, object], store: dist.Store, timeout_s: float = 1.0) -> list[object]:
+    """What each of ranks 4 to 7 that has a fact got: None or the error as text."""
+
+    def run(rank: int) -> object:
+        try:
+            return Board(store, (4, 5, 6, 7), rank, "test", timeout_s).compare_with_first(
+                "the settings", facts[rank]
+            )
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(facts)) as pool:
+        return list(pool.map(run, facts))
+
+
+def test_each_rank_against_the_first_names_the_one_that_differs_there_and_on_the_first():
+    settings = {rank: {"policy": "stage_aware"} for rank in (4, 5, 6)} | {7: {"policy": "uniform"}}
+    first, *others, last = compared_with_first(settings, dist.HashStore())
+    assert others == [None, None]
+    assert "rank 7 and rank 4" in first
+    assert "rank 4 and rank 7" in last
+    assert "policy 'stage_aware' against 'uniform'" in last
+
+
+def test_each_rank_against_the_first_reads_little_and_misses_nobody():
+    class Counting(dist.HashStore):
+        reads = 0
+
+        def get(self, key: str) -> bytes:
+            Counting.reads += 1
+            return super().get(key)
+
+    assert compared_with_first(dict.fromkeys(range(4, 8), 1), Counting()) == [None] * 4
+    assert Counting.reads == 2 * 3
+    first, *others = compared_with_first({4: 1, 5: 1, 6: 1}, dist.HashStore(), 0.2)
+    assert "rank 7 did not answer rank 4" in first
+    assert others == [None, None]
+
+
+def test_rank_that_did_not_read_all_deletes_nothing_yet():
+    """What it has posted may still be waited for."""
+    store = dist.HashStore()
+    boards = [Board(store, (0, 1, 2), rank, "test", 5.0) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda board: board.compare("the start", 1), boards))
+        list(pool.map(lambda board: board.compare_with_first("the settings", 1), boards))
+        assert store.check(["test/the start/1", "test/the settings/1"])
+        list(pool.map(lambda board: board.compare("the plan", 1), boards))
+    assert not store.check(["test/the start/1"])
+    assert not store.check(["test/the settings/1"])
+
+
 def test_group_of_one_asks_nobody():
     Board(None, (3,), 3, "test").compare("anything", 1)
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ext.recompute.layer_classes import MOST_TOGETHER, allowed_modules, choices, signature
+from megatron_ext.recompute.layer_classes import (
+    MOST_TOGETHER,
+    allowed_modules,
+    choices,
+    signature,
+    writes_scores,
+)
 from megatron_ext.recompute.plan import FULL, MODULES, NONE, parse_choice
 
 CONFIG = {"no_rope_freq": None, "window_size": None, "window_attn_skip_freq": None}
@@ -212,3 +218,29 @@ def test_choices_begin_with_nothing_end_with_everything_and_name_each_set_once(c
         assert sets == [some for size in range(1, count + 1) for some in combinations(modules, size)]
     else:
         assert sets == [*((module,) for module in modules), modules]
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "backend", "writes"),
+    [
+        ("megatron.core.extensions.transformer_engine", "TEDotProductAttention", "auto", False),
+        ("megatron.core.extensions.transformer_engine", "TEDotProductAttention", "unfused", True),
+        ("megatron.core.transformer.dot_product_attention", "DotProductAttention", "auto", True),
+        ("somebodys.own", "Attention", "flash", True),
+    ],
+)
+def test_scores_are_feared_of_all_but_the_engines_attention(module, kind, backend, writes):
+    found = layer()
+    found.self_attention.core_attention = part(kind)
+    type(found.self_attention.core_attention).__module__ = module
+    found.config = SimpleNamespace(attention_backend=SimpleNamespace(name=backend))
+    assert writes_scores(found) == writes
+
+
+def test_layer_without_attention_writes_no_scores():
+    found = layer()
+    found.self_attention = part("IdentityOp")
+    assert not writes_scores(found)

@@ -95,16 +95,27 @@ def test_other_size_follows_the_closed_forms():
         assert known.at(size) == tuple(scaled(row, SHAPE, "megatron_ts", known.size, size) for row in ROWS)
 
 
-def test_layer_without_a_closed_form_grows_as_fast_as_anything_could():
+def test_layer_without_a_closed_form_is_never_taken_for_less_than_it_keeps():
+    """Whether the size grows or shrinks; what is recomputed in full keeps its input whatever the attention."""
     known, exact = (
         Known(ROWS, Size(1, 512), None, "megatron_ts"),
         Known(ROWS, Size(1, 512), SHAPE, "megatron_ts"),
     )
-    for size in (Size(1, 1024), Size(2, 1024), Size(3, 512)):
+    for size in (Size(1, 1024), Size(2, 1024), Size(3, 512), Size(1, 256), Size(4, 64), Size(1, 8)):
         for row, most in zip(exact.at(size), known.at(size), strict=True):
             assert most.kept_bytes >= row.kept_bytes
             assert most.transient_bytes >= row.transient_bytes
-    assert known.at(Size(1, 1024))[0].kept_bytes == 4 * 340
+    assert [row.kept_bytes for row in known.at(Size(1, 1024))] == [4 * 340, 2 * 240, 2 * 20]
+    assert [row.kept_bytes for row in known.at(Size(1, 256))] == [340 // 2, 240 // 2, 20 // 2]
+
+
+def test_layer_without_a_closed_form_goes_with_its_tokens_where_no_scores_are_written_out():
+    """From 4K to 32K eight times as much, not 64 times."""
+    known = Known(ROWS, Size(1, 4096), None, "megatron_ts", writes_scores=False)
+    fused = Known(ROWS, Size(1, 4096), replace(SHAPE, unfused_attention=False), "megatron_ts")
+    for size in (Size(1, 32768), Size(3, 4096), Size(1, 1024)):
+        assert known.at(size) == fused.at(size)
+    assert known.at(Size(1, 32768))[0].kept_bytes == 8 * 340
 
 
 # -- problem_of -------------------------------------------------------------------------------------------------------
