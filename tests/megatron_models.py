@@ -84,17 +84,27 @@ def build(
     parallelism is on where the tensor-parallel group has two ranks or more. `packed` gives a core attention that takes
     packed documents, which Megatron-core's own has only with Transformer Engine.
     """
+    arguments = transformer_config(model, dtype, **config)
+    chunks = build_chunks(model, dtype, arguments, lambda _vp_stage: _layer_spec(model, packed))
+    load(chunks, plain_gpt.full_weights(model, seed, dtype))
+    return chunks
+
+
+def build_chunks(
+    model: GPT, dtype: torch.dtype, config: Any, spec_of: Callable[[int | None], Any]
+) -> list[nn.Module]:
+    """Return this rank's chunks with the weights that Megatron-core begins with; `config`: a TransformerConfig;
+    `spec_of` the virtual stage, None where there is one only: the layers'."""
     from megatron.core import parallel_state as state
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    arguments = transformer_config(model, dtype, **config)
     stages = state.get_virtual_pipeline_model_parallel_world_size() or 1
     chunks = []
     for stage in range(stages):
         vp_stage = stage if stages > 1 else None
         chunk = GPTModel(
-            arguments,
-            _layer_spec(model, packed),
+            config,
+            spec_of(vp_stage),
             model.vocabulary,
             model.length,
             pre_process=state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -103,7 +113,6 @@ def build(
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(dtype))  # torch's norms and the learned positions ignore params_dtype
-    load(chunks, plain_gpt.full_weights(model, seed, dtype))
     return chunks
 
 

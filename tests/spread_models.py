@@ -68,26 +68,13 @@ def _splits_on_the_host(dispatcher: Any, point: str, tokens_per_expert: Any = No
 def build(model: GPT, dtype: torch.dtype = torch.float64, **config: Any) -> list[nn.Module]:
     """This rank's chunks; `config` goes to TransformerConfig over what follows from `model`."""
     from megatron.core import parallel_state as state
-    from megatron.core.models.gpt.gpt_model import GPTModel
 
     ep, cp = state.get_expert_model_parallel_world_size(), state.get_context_parallel_world_size()
     sizes = {"expert_model_parallel_size": ep, "context_parallel_size": cp}
     arguments = megatron_models.transformer_config(model, dtype, **sizes | config)
-    stages = state.get_virtual_pipeline_model_parallel_world_size() or 1
-    chunks = []
-    for stage in range(stages):
-        vp_stage = stage if stages > 1 else None
-        chunk = GPTModel(
-            arguments,
-            _spec(model, arguments, vp_stage),
-            model.vocabulary,
-            model.length,
-            pre_process=state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
-            vp_stage=vp_stage,
-        )
-        chunks.append(chunk.to(dtype))
+    chunks = megatron_models.build_chunks(
+        model, dtype, arguments, lambda vp_stage: _spec(model, arguments, vp_stage)
+    )
     _fill(chunks)
     return chunks
 

@@ -22,7 +22,7 @@ from . import layer_loop
 from .emulator import Batch, forward_of, random_message
 from .layer_classes import allowed_modules, choices, signature
 from .plan import NONE, ChunkPlan
-from .probe import measure_layer
+from .probe import measure_layer, most_of_group
 from .schedule import Pipeline, corners, open_counts
 from .stage import layer_class
 from .stage_memory import ChunkLayers, LayerClass, Names, Option, StageProblem
@@ -41,7 +41,7 @@ def measured_classes(
         group = group_of(chunk.decoder)
         for key, layer in fresh.items():
             able = allowed_modules(layer, modules)
-            rows = measure_layer(layer, choices(able), hidden, options, group)
+            rows = most_of_group(measure_layer(layer, choices(able), hidden, options), group, hidden.device)
             found[key] = layer_class(f"layer {layer.layer_number}", rows)
     return found
 

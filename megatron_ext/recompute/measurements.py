@@ -112,7 +112,7 @@ class Measurements:
         modules = allowed_modules(layer, self._modules)
         if strategy != NATIVE:  # another body than Megatron-core's, which has no core attention to run again
             modules = tuple(module for module in modules if module != "core_attn")
-        return measure_layer(layer, choices(modules), hidden, options, None)
+        return measure_layer(layer, choices(modules), hidden, options)
 
     def _tell(self, layer: nn.Module, known: Known) -> None:
         self._telemetry.log.write(

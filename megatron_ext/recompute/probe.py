@@ -47,9 +47,9 @@ class Measured:
 
 
 def measure_layer(
-    layer: nn.Module, choices: Sequence[str], hidden: Tensor, options: dict[str, Any], group: Any
+    layer: nn.Module, choices: Sequence[str], hidden: Tensor, options: dict[str, Any]
 ) -> list[Measured]:
-    """Measurements of `layer` under each choice, the same on all ranks of `group`.
+    """This rank's measurements of `layer` under each choice; :func:`most_of_group` makes them everybody's.
 
     `hidden`: [s / tp, b, h], whose size and dtype the random input gets. `options`: the other arguments of the layer.
     """
@@ -68,13 +68,13 @@ def measure_layer(
             run = _runner(layer, choice, options)
             kept, transient = memory_probe.measure(lambda x=x, run=run: run(x), x, [*weights, *there])
             forward, backward = _times(run, x)
-            found += most_of_group([Measured(choice, forward, backward, kept, transient)], group, x.device)
+            found.append(Measured(choice, forward, backward, kept, transient))
     return found
 
 
 def most_of_group(rows: Sequence[Measured], group: Any, device: torch.device) -> list[Measured]:
-    """Of each row's numbers the largest of all ranks of `group`, None being a group of one."""
-    if group is None or group.size() == 1:
+    """Of each row's numbers the largest of all ranks of `group`."""
+    if group.size() == 1:
         return list(rows)
     # kept and transient bytes, seconds forward and backward; fp64 holds bytes up to 8 PiB to the last one
     numbers = [

@@ -23,7 +23,7 @@ from .cost_model import AnalyticalModel, CostModel
 from .forest import ForestModel
 from .held_out import HeldOutError, held_out_error
 from .layer_shape import LayerShape
-from .profile import Measurement, Profile, load_profile, load_profiles
+from .profile import Measurement, Profile, load_profiles, profile_of
 from .profile_sizes import REACH, first_lengths, more_lengths
 from .saved_profiles import SavedProfiles
 from .switch import BlockSwitch
@@ -56,11 +56,12 @@ class KnownCosts:
     def start(self, batch: int, length: int) -> None:
         """Load the profile, or measure one up to `length`. ValueError where the file is not this model's."""
         settings, key = self._config.cost_model, "megatron_ext.sequence_parallel.cost_model.load"
-        if settings.load:  # the same file may be saved to: other stages' layers stay in it
-            self._saved.add(load_profiles(settings.load, key))
+        loaded = load_profiles(settings.load, key) if settings.load else []
+        if loaded:  # the same file may be saved to: other stages' layers stay in it
+            self._saved.add(loaded)
         for shape in self._layers:
             if settings.load:
-                self._profiles[shape] = load_profile(settings.load, shape, key)
+                self._profiles[shape] = profile_of(shape, loaded, settings.load, key)
             elif self._config.strategy:  # nothing is chosen, so nothing need be measured
                 self.models[shape] = _closed_forms(shape)
             else:

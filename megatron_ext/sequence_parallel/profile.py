@@ -116,7 +116,12 @@ def load_profiles(path: str | Path, key: str = "cost_model.load") -> list[Profil
 
 def load_profile(path: str | Path, shape: LayerShape, key: str = "cost_model.load") -> Profile:
     """The profile of a layer of this shape. ValueError names `key`, and what differs in the layer that is closest."""
-    found = {profile.shape: profile for profile in load_profiles(path, key)}
+    return profile_of(shape, load_profiles(path, key), path, key)
+
+
+def profile_of(shape: LayerShape, profiles: Iterable[Profile], path: str | Path, key: str) -> Profile:
+    """As :func:`load_profile`, of what the file at `path` was found to have."""
+    found = {profile.shape: profile for profile in profiles}
     if shape in found:
         return found[shape]
     closest = min((_differences(other, shape) for other in found), key=len)

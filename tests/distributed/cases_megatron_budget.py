@@ -5,36 +5,30 @@ Not covered: a real device (tests/gpu), what a plan does with its budget (cases_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 
 import megatron_ext
-from megatron_ext import device_peak, job
-from megatron_ext.rank_memory import STATE_BYTES, RankMemory
+from megatron_ext import job
+from megatron_ext.rank_memory import STATE_BYTES
 from tests import megatron_models, plain_gpt
+from tests.distributed import cases_recompute_job
 from tests.distributed.cases_megatron_engine import _step, engine_of
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
 from tests.plain_gpt import GPT
+from tests.pretended_device import pretended_device
 
 LIMIT = 50_000_000
 STATIC = 10_000_000
 
 
-@contextmanager
-def pretended_device(allocated: list[int]) -> Iterator[None]:
+def device_of(allocated: list[int]) -> AbstractContextManager[None]:
     """Inside, the allocator says what `allocated`, a list of one, has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankMemory, "device_counts", True)
-        patch.setattr(torch.cuda, "memory_allocated", lambda _device: allocated[0])
-        patch.setattr(device_peak, "watch", lambda _device: None)
-        patch.setattr(device_peak, "peak_bytes", lambda _device: allocated[0])
-        yield
+    return pretended_device(lambda: allocated[0], lambda: allocated[0])
 
 
 @contextmanager
@@ -50,7 +44,7 @@ def applied(ctx: Context, **block: object) -> Iterator[Path]:
 
 def events(log: Path, name: str) -> list[dict]:
     torch.distributed.barrier()  # the first rank has written them
-    return [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == name]
+    return cases_recompute_job.events(log, name)
 
 
 def to_come(chunks: list) -> int:
@@ -63,7 +57,7 @@ def what_is_held_is_measured_again_when_states_are_there(ctx: Context) -> dict:
     """States count by parameter until the first step has made them, and when they come late, plans follow."""
     gpt, batch = GPT(), plain_gpt.make_batch(GPT(), 0)
     allocated = [STATIC + 1000 * ctx.rank]  # ranks differ a little; the least that is left is everybody's
-    with megatron_models.parallel_state(tp=2), pretended_device(allocated), applied(ctx) as log:
+    with megatron_models.parallel_state(tp=2), device_of(allocated), applied(ctx) as log:
         chunks = megatron_models.build(gpt)
         first = STATIC + to_come(chunks)
 
@@ -93,7 +87,7 @@ def an_evaluation_is_not_what_a_step_holds(ctx: Context) -> None:
     """Before the first step, and between steps when the device holds more for a while."""
     gpt, batch = GPT(), plain_gpt.make_batch(GPT(), 0)
     allocated = [STATIC]
-    with megatron_models.parallel_state(tp=2), pretended_device(allocated), applied(ctx) as log:
+    with megatron_models.parallel_state(tp=2), device_of(allocated), applied(ctx) as log:
         chunks = megatron_models.build(gpt)
         for _ in range(2):
             chunks[0].eval()
@@ -113,7 +107,7 @@ def an_evaluation_is_not_what_a_step_holds(ctx: Context) -> None:
 def what_does_not_fit_now_is_not_profiled(ctx: Context) -> None:
     """States that are to come leave no budget, but room for a profile of what is longer than all before."""
     gpt, allocated = GPT(length=256), [STATIC]
-    with megatron_models.parallel_state(tp=2), pretended_device(allocated):
+    with megatron_models.parallel_state(tp=2), device_of(allocated):
         for room, fits in ((1_000, False), (5_000_000, True)):
             allocated[0] = STATIC
             with applied(ctx) as log:
@@ -134,7 +128,7 @@ def all_chunks_of_a_rank_have_one_account(ctx: Context) -> None:
     gpt = GPT(layers=4)
     batches = [plain_gpt.make_batch(gpt, number) for number in range(4)]
     allocated = [STATIC]
-    with megatron_models.parallel_state(tp=2, pp=2, vpp=2), pretended_device(allocated), applied(ctx) as log:
+    with megatron_models.parallel_state(tp=2, pp=2, vpp=2), device_of(allocated), applied(ctx) as log:
         chunks = megatron_models.build(gpt)
         for chunk in chunks:
             chunk.register_forward_hook(lambda *_: allocated.append(allocated.pop() + 1_000_000))
@@ -152,7 +146,7 @@ def an_engine_is_measured_again_after_its_first_step(ctx: Context) -> None:
     """No schedule of Megatron-core's tells when a step begins; the engine's own count of steps does."""
     gpt, found = GPT(), []
     allocated = [2_000_000_000 - 1_000_000]  # of the engine's limit
-    with megatron_models.parallel_state(tp=2), pretended_device(allocated), engine_of(gpt, 1) as engine:
+    with megatron_models.parallel_state(tp=2), device_of(allocated), engine_of(gpt, 1) as engine:
         (policy,) = job.running()._policies.values()
         for number in range(6):
             _step(engine, [plain_gpt.make_batch(gpt, number)])

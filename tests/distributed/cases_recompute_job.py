@@ -23,6 +23,7 @@ from tests.distributed.cases_megatron_training import VARIED
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
 from tests.plain_gpt import GPT
+from tests.pretended_device import pretended_device
 
 STEPS, MICRO_BATCHES = 3, 6
 
@@ -199,17 +200,13 @@ def ranks_that_may_hold_different_bytes_plan_alike(ctx: Context) -> dict:
 @case(ranks=(2,))
 def late_states_and_steps_over_the_limit_are_planned_for(ctx: Context) -> dict:
     """What a device would count is pretended: optimizer states come late, then one rank goes over in a frozen step."""
-    from megatron_ext import device_peak
-    from megatron_ext.rank_memory import RankMemory
-
     gpt = GPT(layers=8, hidden=64, ffn=256, length=64)
     batches = [plain_gpt.make_batch(gpt, number, length=64) for number in range(2)]
     said, spent = {"allocated": 1_000_000, "peak": 0}, []
-    with pytest.MonkeyPatch.context() as patch, megatron_models.parallel_state(tp=2):
-        patch.setattr(RankMemory, "device_counts", True)
-        patch.setattr(torch.cuda, "memory_allocated", lambda _device: said["allocated"])
-        patch.setattr(device_peak, "watch", lambda _device: None)
-        patch.setattr(device_peak, "peak_bytes", lambda _device: said["peak"])
+    with (
+        megatron_models.parallel_state(tp=2),
+        pretended_device(lambda: said["allocated"], lambda: said["peak"]),
+    ):
         with applied(ctx, {}, "5MB"):
             chunks = megatron_models.build(gpt)
 

@@ -10,16 +10,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-
-from megatron_ext import device_peak, job
-from megatron_ext.rank_memory import RankMemory
+from megatron_ext import job
 from tests import spread_models
 from tests.distributed.cases_recompute_job import applied
 from tests.distributed.cases_recompute_spread import EXPERTS, GLOBAL, batches_of, gpt_of, train
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
+from tests.pretended_device import pretended_device
 
 CONFIGS = {"wide": GLOBAL, "narrow": EXPERTS}
 """A loss that is balanced over all ranks makes the group wide, also where it has but one."""
@@ -52,14 +49,10 @@ class Trained:
 @contextmanager
 def trained(ctx: Context, kind: str, limit: int) -> Iterator[Trained]:
     model: list[Trained] = []
-    with pytest.MonkeyPatch.context() as patch, spread_models.parallel_state():
-        patch.setattr(RankMemory, "device_counts", True)
-        patch.setattr(torch.cuda, "memory_allocated", lambda _device: 1_000_000)
-        patch.setattr(device_peak, "watch", lambda _device: None)
-        patch.setattr(device_peak, "peak_bytes", lambda _device: model[0].peak if model else 0)
-        with applied(ctx, {}, limit):
-            model.append(Trained(kind))
-            yield model[0]
+    device = pretended_device(lambda: 1_000_000, lambda: model[0].peak if model else 0)
+    with spread_models.parallel_state(), device, applied(ctx, {}, limit):
+        model.append(Trained(kind))
+        yield model[0]
 
 
 def needs(ctx: Context, kind: str, lengths: tuple[int, ...]) -> tuple[int, int]:

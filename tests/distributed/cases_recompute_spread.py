@@ -22,6 +22,7 @@ from tests.distributed.cases_recompute_job import applied, events
 from tests.distributed.harness import Context
 from tests.distributed.registry import case
 from tests.plain_gpt import GPT
+from tests.pretended_device import pretended_device
 
 STEPS, MICRO_BATCHES = 3, 2
 EXPERTS = spread_models.EXPERTS
@@ -265,16 +266,12 @@ def rules_and_saved_plans_run_where_layers_are_spread(ctx: Context, policy: str)
 @case(ranks=(2,), slow=True)
 def late_states_and_steps_over_the_limit_of_one_rank_are_planned_for_by_all(ctx: Context) -> dict:
     """What a device would count is pretended, other bytes on each rank."""
-    from megatron_ext import device_peak
-    from megatron_ext.rank_memory import RankMemory
-
     gpt, spent = gpt_of("ep2"), []
     said = {"allocated": 1_000_000, "peak": 0}
-    with pytest.MonkeyPatch.context() as patch, spread_models.parallel_state(ep=2):
-        patch.setattr(RankMemory, "device_counts", True)
-        patch.setattr(torch.cuda, "memory_allocated", lambda _device: said["allocated"])
-        patch.setattr(device_peak, "watch", lambda _device: None)
-        patch.setattr(device_peak, "peak_bytes", lambda _device: said["peak"])
+    with (
+        spread_models.parallel_state(ep=2),
+        pretended_device(lambda: said["allocated"], lambda: said["peak"]),
+    ):
         with applied(ctx, {}, "1GB"):
             chunks = spread_models.build(gpt, **EXPERTS)
             train(chunks, [batches_of(gpt)] * 3)

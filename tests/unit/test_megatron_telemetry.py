@@ -215,8 +215,8 @@ def test_summary_comes_from_time_to_time_and_holds_what_is_new(path):
     assert len(lines(path, "summary")[2:]) == 4
 
 
-def test_counters_tell_what_changed_and_everything_at_the_end(path):
-    """A line for every minute with every length that ever came would make the log grow with the square of a job."""
+def run_three_hours(path) -> None:
+    """A micro-batch an hour, of two lengths."""
     clock = Clock()
     told = telemetry(path, summary_seconds=60, clock=clock)
     for length in (64, 128, 64):
@@ -225,6 +225,11 @@ def test_counters_tell_what_changed_and_everything_at_the_end(path):
         clock.now += 3600.0
         told.ran(1, length, ["ring"])
     told.close()
+
+
+def test_counters_tell_what_changed_and_everything_at_the_end(path):
+    """A line for every minute with every length that ever came would make the log grow with the square of a job."""
+    run_three_hours(path)
     found = [
         (
             {int(length): phases["forward"] for length, phases in line["calls"]["ring"].items()},
@@ -238,14 +243,7 @@ def test_counters_tell_what_changed_and_everything_at_the_end(path):
 @pytest.mark.parametrize("is_cut", [False, True])
 def test_report_adds_up_counters_of_all_lines(path, is_cut):
     """Also of a job that was killed, whose log has no last line with everything."""
-    clock = Clock()
-    told = telemetry(path, summary_seconds=60, clock=clock)
-    for length in (64, 128, 64):
-        told.planned(1, length, ["ring"], seconds=0.5, peak_bytes=1000)
-        told.counters.count("ring", length, "forward")
-        clock.now += 3600.0
-        told.ran(1, length, ["ring"])
-    told.close()
+    run_three_hours(path)
     if is_cut:
         path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
     calls = read_run(path).calls
