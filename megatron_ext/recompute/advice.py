@@ -77,7 +77,8 @@ def _times_with(
     assert stage.backward_seconds is not None
     kind = LayerClass("layer", tuple(Option(**option) for option in stage.layer_options))
     before = [len(chunk["layers"]) for chunk in stage.chunks]
-    static = (stage.static_bytes or 0) + (sum(layers) - sum(before)) * (stage.layer_static_bytes or 0)
+    there = (stage.static_bytes or 0) + (stage.unforeseen_bytes or 0)
+    static = there + (sum(layers) - sum(before)) * (stage.layer_static_bytes or 0)
     outside_bytes = stage.outside_bytes or (0,) * len(layers)
     problem = problem_of(
         pipeline,

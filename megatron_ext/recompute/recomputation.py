@@ -4,12 +4,11 @@ The first training step recomputes everything, the safest there is. When its fir
 class is measured under every choice, and what a micro-batch keeps outside the layers is counted (:mod:`.measurements`).
 At the start of the second step weights, gradients and optimizer states are there to be counted; with the schedule's
 open micro-batches the stage's problem is whole, and solved. That step is verified: what it held is compared with what
-was predicted, and with the limit. A plan that held is frozen; one that did not gets less memory, and is verified again.
-More micro-batches at once or longer sequences are planned for anew, from the same measurements. Where the device
-counts, so are optimizer states that come late and a frozen step that held more than the limit. A step that held more
-because a longer sequence came is not judged. Where data-parallel ranks must hold one plan (:mod:`.planning_group`) they
-plan between steps only: until then a longer sequence runs under the plan that is there, which may not be enough for it.
-
+was predicted, and with the limit. A plan that held is frozen; one that did not makes place for one that counts with
+what was unforeseen. More micro-batches at once or longer sequences are planned for anew, from the same measurements.
+Where the device counts, so are optimizer states that come late and a frozen step that held more than the limit. A step
+that held more because a longer sequence came is not judged. Where data-parallel ranks must hold one plan
+(:mod:`.planning_group`) they plan between steps only: until then a longer sequence runs under the plan that is there.
 Policies that follow a rule, and plans read from a file, are not measured, only verified.
 """
 
@@ -227,7 +226,7 @@ class Recomputation:
         if not self._is_wide:
             static, over = self._held.most_of_group(static, over)
         if over or static > _GREW * self._static:
-            self._overshoot.take_off(over)
+            self._overshoot.count(over)
             self._make_plan()
 
     def _noticing_peaks(self) -> AbstractContextManager[None]:
@@ -299,6 +298,7 @@ class Recomputation:
             solution = self._where_nothing_fits(problem)
         self._fits, self._predicted = solution.fits, solution.peak_bytes
         self._use(chunk_plans(problem, solution))
+        self._overshoot.plan_leaves(problem.limit_bytes - solution.peak_bytes)
         self._frozen = not self._fits
         assert self._pipeline is not None
         size = self._sizes.planned
@@ -306,6 +306,7 @@ class Recomputation:
             self._pipeline,
             self.plans,
             problem,
+            self._overshoot.unforeseen_bytes,
             solution,
             [self._measurements.seconds(block, size) for block in self._loops],
             [self._measurements.outside_seconds(block, size) for block in self._loops],
@@ -316,7 +317,7 @@ class Recomputation:
 
     def _where_nothing_fits(self, problem: StageProblem) -> Solution:
         """A job that has run by a plan may go on. ValueError before the first one, when more can still be given."""
-        reason = nothing_fits(problem, own_stage(), self._sizes.planned)
+        reason = nothing_fits(problem, self._overshoot.unforeseen_bytes, own_stage(), self._sizes.planned)
         if not self._plans_made:
             raise ValueError(reason)
         logger.warning("%s; until then every layer is recomputed", reason)
@@ -337,7 +338,6 @@ class Recomputation:
     def _use(self, plans: Sequence[ChunkPlan]) -> None:
         """Ranks that replay collectives together must run the same."""
         self._plans_made += 1
-        self._overshoot.last = 0  # was another plan's
         self._probing = self._frozen = False
         self._agree(f"recomputation plan {self._plans_made}", [plan.digest() for plan in plans])
         for loop, plan in zip(self._loops.values(), plans, strict=True):
@@ -364,8 +364,8 @@ class Recomputation:
             [self._measurements.classes_of(block) for block in self._loops],
             self._measurements.layer_classes(self._sizes.planned, saved_only=saved_only),
             outside,
-            static,
-            -of_limit - self._overshoot.taken_off,
+            static + self._overshoot.unforeseen_bytes,
+            -of_limit,
             saved_only=saved_only,
         )
 
@@ -380,7 +380,7 @@ class Recomputation:
             return
         if over and self.is_measured:
             self._story.verified(measured, predicted, limit, frozen=False)
-            self._overshoot.take_off(over)
+            self._overshoot.count(over)
             self._make_plan()
             return
         self._frozen = True

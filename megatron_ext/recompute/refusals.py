@@ -66,12 +66,16 @@ def plans_of_file(
     return plans
 
 
-def nothing_fits(problem: StageProblem, stage: int, largest: Size) -> str:
-    """What a stage would need that exceeds its limit with everything recomputed; `largest`: planned for."""
+def nothing_fits(problem: StageProblem, unforeseen_bytes: int, stage: int, largest: Size) -> str:
+    """What a stage would need that exceeds its limit with everything recomputed; `largest`: planned for;
+    `unforeseen_bytes`: of the problem's static ones."""
     needed = human_bytes(least_peak(problem))
+    there = f"{human_bytes(problem.static_bytes - unforeseen_bytes)} of it weights, gradients and optimizer states"
+    if unforeseen_bytes:
+        there += f", {human_bytes(unforeseen_bytes)} more than was predicted in a step that ran"
     return (
         f"megatron_ext.recompute: stage {stage} needs {needed} with every layer recomputed "
-        f"({human_bytes(problem.static_bytes)} of it weights, gradients and optimizer states) for micro-batches of "
+        f"({there}) for micro-batches of "
         f"{largest.batch} x {largest.length} tokens, but megatron_ext.memory allows "
         f"{human_bytes(problem.limit_bytes)}; give it {needed} or more, or use smaller micro-batches, shorter "
         "sequences, more pipeline stages or more tensor-parallel ranks"

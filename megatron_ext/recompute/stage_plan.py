@@ -21,6 +21,8 @@ class StagePlan:
     limit_bytes: int
     static_bytes: int | None = None
     """Weights, gradients, optimizer states. This and what follows: None where the policy does not measure."""
+    unforeseen_bytes: int | None = None
+    """Held by a step beside what was predicted for it, and counted with in what is predicted now."""
     predicted_bytes: int | None = None
     """At the peak."""
     measured_bytes: int | None = None

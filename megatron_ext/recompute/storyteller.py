@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_grass.telemetry.human import human_bytes
+
 from ..config import RecomputeConfig
 from ..stage_facts import StageFacts, stage_facts
 from ..telemetry import Telemetry
@@ -71,6 +73,7 @@ class Storyteller:
         pipeline: Pipeline,
         plans: Sequence[ChunkPlan],
         problem: StageProblem,
+        unforeseen_bytes: int,
         solution: Solution,
         seconds: Sequence[tuple[float, float]],
         outside_seconds: Sequence[float],
@@ -78,12 +81,14 @@ class Storyteller:
         size: Size,
         solved_in: float,
     ) -> None:
-        """`seconds`: forward and backward of a micro-batch through each chunk's layers, nothing recomputed;
+        """`unforeseen_bytes`: of the problem's static ones, what a step held beside its prediction;
+        `seconds`: forward and backward of a micro-batch through each chunk's layers, nothing recomputed;
         `outside_seconds`: forward of what is not layers; `layer_static_bytes`: what is there of a layer anyway."""
         self._size = size
         fact = replace(
             self._plain(pipeline, plans, problem.limit_bytes),
-            static_bytes=problem.static_bytes,
+            static_bytes=problem.static_bytes - unforeseen_bytes,
+            unforeseen_bytes=unforeseen_bytes,
             predicted_bytes=solution.peak_bytes,
             nothing_recomputed_bytes=_peak_of_all(problem, NONE),
             all_recomputed_bytes=_peak_of_all(problem, FULL),
@@ -147,10 +152,11 @@ class Storyteller:
             for chunk in fact.chunks
         ]
         logger.info(
-            "megatron_ext: stage %d recomputes %s layers (policy %s)",
+            "megatron_ext: stage %d recomputes %s layers (policy %s)%s",
             fact.stage,
             " + ".join(counts),
             fact.policy,
+            f", since a step held {human_bytes(fact.unforeseen_bytes)} more" if fact.unforeseen_bytes else "",
         )
         self._telemetry.log.write("recompute_plan", **asdict(fact), **more)
         self._tell(fact)

@@ -56,6 +56,11 @@ def test_step_is_composed_from_the_stages_seconds():
     assert step.seconds == pytest.approx((16 + STAGES - 1) * 32)
 
 
+def test_what_was_unforeseen_takes_its_part_of_the_limit():
+    unforeseen = [replace(stage, unforeseen_bytes=300) for stage in told(limit=2000)]
+    assert layout_advice(unforeseen) == layout_advice(told()) != layout_advice(told(limit=2000))
+
+
 def test_stages_that_were_not_measured_give_no_advice():
     stages = told()
     assert layout_advice(stages[:1]) is None

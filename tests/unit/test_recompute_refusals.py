@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_ext.recompute.plan import ChunkPlan, Share
-from megatron_ext.recompute.refusals import check_config, check_plan
+from megatron_ext.recompute.refusals import check_config, check_plan, nothing_fits
+from megatron_ext.recompute.schedule import Pipeline
+from megatron_ext.recompute.sizes import Size
+from megatron_ext.recompute.stage import problem_of
+from megatron_ext.recompute.stage_memory import LayerClass, Option
 
 LAYER = SimpleNamespace(layer_number=3)
 
@@ -46,3 +51,15 @@ def test_layers_of_a_file_must_have_the_modules_they_recompute():
             ValueError, match="is 'plan.json', which recomputes moe_act of layer 3, but .* save a new plan"
         ):
             check_plan(plan, [LAYER, LAYER], "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("unforeseen", "said"),
+    [(0, r"optimizer states\) for"), (20, r"optimizer states, 20 B more than was predicted")],
+)
+def test_what_was_unforeseen_is_not_said_to_be_weights(unforeseen, said):
+    layer = LayerClass("layer", (Option("none", 0.0, 50, 0), Option("full", 1.0, 10, 30)))
+    problem = problem_of(Pipeline(1, 1), 0, [["layer"] * 2], {"layer": layer}, [0], 100 + unforeseen, 110)
+    found = nothing_fits(problem, unforeseen, 0, Size(1, 8))
+    assert re.search(rf"\(100 B of it weights, gradients and {said}", found), found
+    assert "allows 110 B; give it" in found
